@@ -1,0 +1,101 @@
+"""
+Score a trained model: the share of problems that it solves.
+
+    python evaluate.py --out_dir=out/train_default-001                   # the validation problems of its data set
+    python evaluate.py --out_dir=out/train_default-001 --suite=test      # numbers and shapes never seen in training
+    python evaluate.py --out_dir=out/train_default-001 --problems=mine.tsv --json=scores.json
+
+A line of a problem file is `prompt<TAB>answer`. The model continues the prompt greedily up to the end of the
+document, and has solved the problem if it wrote the answer, character for character. Prints a table, ten failures,
+and as the last line a JSON object; shares in it are between 0 and 1.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import checkpoint
+import runtime
+import tasks
+from configurator import load, run_script, setting
+
+SUITES = {
+    "val": lambda name: name.startswith("val_"),
+    "test": lambda name: not name.startswith("val_"),
+}
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    out_dir: str = setting("", "run folder of the model", section="model")
+    checkpoint: str = setting("best", "which of its checkpoints", choices=("best", "last"))
+    suite: str = setting("val", "problems of the run's data set: val like those in training; test also longer "
+                                "numbers, more numbers, other words", choices=tuple(SUITES), section="problems")
+    problems: str = setting("", "a file of problems to score instead")
+    batch_size: int = setting(64, "problems attempted together", minimum=1)
+    json: str = setting("", "file to write the JSON object of the last line to, too")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", section="system")
+
+    def check(self) -> None:
+        if not self.out_dir:
+            raise ValueError("which run? give its folder as --out_dir=RUN")
+
+
+def problem_files(config: EvaluateConfig, train_config: dict) -> dict[str, Path]:
+    """{name: path} of what is to be scored; ValueError where there is nothing."""
+    if config.problems:
+        return {Path(config.problems).stem: Path(config.problems)}
+    data_dir = Path(train_config["data_dir"]) / train_config["dataset"]
+    files = {name: path for name, path in tasks.splits(data_dir, prefix="").items() if SUITES[config.suite](name)}
+    if not files:
+        raise ValueError(f"no {config.suite} problems in {data_dir / 'problems'}: prepare the data set there, or give "
+                         f"a file, --problems=FILE.tsv")
+    return files
+
+
+def share(attempts: list[tasks.Attempt]) -> float:
+    return sum(attempt.correct for attempt in attempts) / len(attempts)
+
+
+def show_failures(attempts: list[tasks.Attempt], count: int = 10) -> None:
+    """Up to `count` of them, spread evenly, so that one split does not hide the others."""
+    failed = [attempt for attempt in attempts if not attempt.correct]
+    if not failed:
+        return
+    shown = failed[::-(-len(failed) // count)]
+    print(f"\n{len(shown)} of {len(failed)} failures:")
+    for attempt in shown:
+        print(f"  {attempt.prompt}{attempt.output}  (right is {attempt.answer})")
+
+
+def main() -> None:
+    config = load(EvaluateConfig)
+    device = runtime.resolve_device(config.device)
+    model, tokenizer, saved = checkpoint.load_model(config.out_dir, config.checkpoint, device)
+    problems = {name: tasks.read_problems(path) for name, path in problem_files(config, saved.train_config).items()}
+
+    since = time.perf_counter()
+    attempts = {}
+    width = max(map(len, problems))
+    print(f"{'split':{width}}  {'n':>6}  exact %")
+    for name in problems:
+        attempts[name] = tasks.solve(model, tokenizer, problems[name], config.batch_size)
+        print(f"{name:{width}}  {len(attempts[name]):6}  {share(attempts[name]):7.1%}", flush=True)
+    together = [attempt for some in attempts.values() for attempt in some]
+    show_failures(together)
+
+    scores = dict(
+        n=len(together),
+        exact=share(together),
+        splits={name: dict(n=len(some), exact=share(some)) for name, some in attempts.items()},
+        step=saved.step,
+        seconds=round(time.perf_counter() - since, 3),
+    )
+    if config.json:
+        Path(config.json).write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(scores))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,85 @@
+"""
+Problems with one right answer, and a model's attempts at them.
+
+A file of problems has a line for each, `prompt<TAB>answer`; a blank at the end of a prompt counts:
+
+    12+7*3=	33
+    subtract 12 from 30. 	18
+
+A model attempts one by continuing the prompt greedily up to the document separator.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dag_model import GPT
+from engine import generate
+from tokenizer import Tokenizer
+
+SPARE_TOKENS = 8  # beyond the length of the answer: enough to see that an attempt goes on too long
+
+
+@dataclass(frozen=True)
+class Problem:
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Attempt:
+    prompt: str
+    answer: str
+    output: str  # what the model wrote, without the separator
+    correct: bool
+
+
+def read_problems(path: str | Path) -> list[Problem]:
+    """The problems of a file. Blank lines are skipped; a malformed line is a ValueError with its number."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    problems = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        prompt, *answers = line.split("\t")
+        if not prompt or len(answers) != 1 or not answers[0].strip():
+            raise ValueError(f"{path}:{number}: expected prompt<TAB>answer, found {line!r}")
+        problems.append(Problem(prompt, answers[0]))
+    if not problems:
+        raise ValueError(f"{path} has no problems: write one a line, prompt<TAB>answer")
+    return problems
+
+
+def splits(data_dir: str | Path, prefix: str = "val_") -> dict[str, Path]:
+    """
+    The data set's files of problems whose names begin with `prefix`; {} where it has none. Decoys are left out:
+    there is nothing to compute in them, and whatever number a model writes there solves nothing.
+    """
+    paths = sorted((Path(data_dir) / "problems").glob(f"{prefix}*.tsv"))
+    return {path.stem: path for path in paths if not path.stem.endswith("decoys")}
+
+
+def solve(model: GPT, tokenizer: Tokenizer, problems: list[Problem], batch_size: int = 64) -> list[Attempt]:
+    """Attempts at all problems, in their order. Raises ValueError for a prompt that the model cannot read."""
+    attempts = []
+    for start in range(0, len(problems), batch_size):
+        batch = problems[start:start + batch_size]
+        prompts = [encode(tokenizer, problem.prompt) for problem in batch]
+        limit = max(len(problem.answer.encode()) for problem in batch) + SPARE_TOKENS  # no token is less than a byte
+        written = generate(model, prompts, limit, temperature=0, stop=[[tokenizer.separator_id]])
+        for problem, tokens in zip(batch, written):
+            if tokens[-1] == tokenizer.separator_id:
+                tokens = tokens[:-1]
+            output = tokenizer.decode(tokens)
+            correct = output.strip() == problem.answer.strip()
+            attempts.append(Attempt(problem.prompt, problem.answer, output, correct))
+    return attempts
+
+
+def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    try:
+        return tokenizer.encode(prompt)
+    except ValueError as error:
+        raise ValueError(f"prompt {prompt!r}: {error}") from None

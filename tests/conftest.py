@@ -1,0 +1,64 @@
+"""What tests share: the repository on the path, fixed seeds, one thread, a script runner, a tiny model."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+torch.set_num_threads(1)  # tensors this small lose by sharing: five times slower on a busy machine
+settings.register_profile("repository", deadline=None, derandomize=True, database=None)
+settings.load_profile("repository")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_script():
+    """run_script("train.py", "--max_iters=2", cwd=..., env={...}) -> CompletedProcess with text output."""
+
+    def run(script: str, *arguments: str, cwd=ROOT, env=None, timeout=120) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, arguments)],
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture
+def tiny_gpt():
+    """tiny_gpt(dag_depth=3, ...) -> a GPT of a few thousand weights in eval mode.
+
+    Its weights are large and random, LayerNorms and biases among them: at a real initialisation the DAG is so
+    quiet that a leak, a wrong cache or a dead gradient would pass unseen.
+    """
+    from dag_model import GPT, GPTConfig
+
+    def build(std=0.3, **fields) -> GPT:
+        trunk = dict(block_size=16, vocab_size=29, n_layer=2, n_head=2, n_embd=16)
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**(trunk | fields))).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=std)
+        return model
+
+    return build

@@ -1,0 +1,219 @@
+"""sample.py and evaluate.py, end to end on a tiny model that has learned a few lines by heart."""
+
+import json
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import checkpoint
+import evaluate
+import sample
+from configurator import run_script as run_main
+from dag_model import GPT, GPTConfig
+from tokenizer import ByteTokenizer, CharTokenizer
+
+LINES = ["1+1=2", "2+1=3", "3+1=4", "caf\u00e9: \u20ac5"]
+
+
+def save_run(folder, tokenizer, documents=True, lines=LINES):
+    """A run folder with a model that knows the lines by heart."""
+    torch.manual_seed(0)
+    rows = [tokenizer.encode(line + "\n") for line in lines]
+    longest = max(map(len, rows))
+    idx = torch.tensor([row + [tokenizer.separator_id] * (longest - len(row)) for row in rows])
+    model = GPT(GPTConfig(block_size=longest, vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=32, dag_depth=1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = checkpoint.Checkpoint(
+        step=60, model=model.state_dict(), optimizer={}, model_config=asdict(model.config),
+        train_config=dict(data_dir=str(folder / "data"), dataset="sums"), tokenizer=tokenizer.to_json(),
+        loader=dict(documents=documents), rng={},
+    )
+    checkpoint.save(folder, "best", state)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on documents, with problems."""
+    folder = save_run(tmp_path_factory.mktemp("run"), ByteTokenizer())
+    problems = folder / "data" / "sums" / "problems"
+    problems.mkdir(parents=True)
+    (problems / "val_sums.tsv").write_text("1+1=\t2\n2+1=\t3\n3+1=\t5\n")
+    (problems / "val_words.tsv").write_text("caf\u00e9: \t\u20ac5\n", encoding="utf-8")
+    (problems / "val_decoys.tsv").write_text("1+\t9\n")
+    (problems / "more.tsv").write_text("1+\t1=2\n")
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(sample, "--start=x") -> exit code, stdout, stderr; in this process, which saves importing PyTorch."""
+
+    def call(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
+        code = 0
+        try:
+            run_main(script.main)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_sample_as_a_person_runs_it(run_script, run):
+    done = run_script("sample.py", f"--out_dir={run}", "--start=2+1=", "--temperature=0", "--num_samples=2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "2+1=3\n" + "-" * 20 + "\n2+1=3\n"
+
+
+def test_evaluate_as_a_person_runs_it(run_script, run, tmp_path):
+    done = run_script("evaluate.py", f"--out_dir={run}", f"--json={tmp_path / 'scores.json'}")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    scores = json.loads(lines[-1])
+    assert scores.pop("seconds") > 0
+    splits = {"val_sums": dict(n=3, exact=2 / 3), "val_words": dict(n=1, exact=1.0)}
+    assert scores == dict(n=4, exact=0.75, splits=splits, step=60)
+    assert [line.split() for line in lines[1:3]] == [["val_sums", "3", "66.7%"], ["val_words", "1", "100.0%"]]
+    assert "1 of 1 failures:" in lines and "  3+1=4  (right is 5)" in lines
+    assert json.loads((tmp_path / "scores.json").read_text())["splits"] == splits
+
+
+# ----------------------------------------------------------------------------------------------------
+# sample.py
+
+
+def test_without_a_start_a_document_begins(call, run, monkeypatch):
+    prompts = []
+    monkeypatch.setattr(sample, "generate", lambda model, rows, *_, **__: prompts.extend(rows))
+    assert call(sample, f"--out_dir={run}", "--num_samples=2")[0] == 0
+    assert prompts == [[ord("\n")]] * 2
+
+
+def test_samples_are_those_of_the_seed(call, run):
+    def texts(count, seed):
+        arguments = f"--num_samples={count}", f"--seed={seed}", "--temperature=5", "--max_new_tokens=6", "--stop="
+        return call(sample, f"--out_dir={run}", "--start=1", *arguments)[1].split("-" * 20 + "\n")
+
+    assert texts(3, 1) == texts(1, 1) + texts(1, 2) + texts(1, 3)
+    assert len(set(texts(3, 1))) == 3
+
+
+def test_the_start_may_be_a_file(call, run, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_bytes("caf\u00e9:\n".encode())  # as an editor leaves it
+    code, out, _ = call(sample, f"--out_dir={run}", f"--start=FILE:{prompt}", "--temperature=0")
+    assert (code, out) == (0, "caf\u00e9: \u20ac5\n")
+
+
+def test_streams_of_text_go_on_past_separators(call, tmp_path):
+    save_run(tmp_path, CharTokenizer("\n+=12"), documents=False, lines=["1+1=2\n1+1=2"])
+    arguments = f"--out_dir={tmp_path}", "--start=1+", "--temperature=0", "--max_new_tokens=9"
+    assert call(sample, *arguments)[1] == "1+1=2\n1+1=2\n"
+    assert call(sample, *arguments, "--stop=2\n1")[1] == "1+1=\n"
+
+
+def test_the_stop_text_is_not_shown_not_even_in_part(run, capsys):
+    text = sample.Sample(ByteTokenizer(), stop="END")
+    shown = []
+    for token in b"an E, an ENEND!":
+        ended = text.add(token)
+        text.show()
+        shown.append(capsys.readouterr().out)
+        if ended:
+            break
+    assert shown == ["a", "n", " ", "", "E,", " ", "a", "n", " ", "", "", "EN", "", ""]
+    text.show(final=True)
+    assert capsys.readouterr().out == "\n"
+    assert text.text == "an E, an EN"
+
+
+def test_characters_are_shown_when_they_are_complete(capsys):
+    text = sample.Sample(ByteTokenizer(), stop="")
+    shown = []
+    for token in "\u20ac5\u20ac".encode()[:-1]:
+        text.add(token)
+        text.show()
+        shown.append(capsys.readouterr().out)
+    assert shown == ["", "", "\u20ac", "5", "", ""]
+    text.show(final=True)
+    assert capsys.readouterr().out == "\ufffd\n"  # the sample ended within a character
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "--out_dir=RUN"),
+        (["--out_dir=nowhere"], "no checkpoint in nowhere"),
+        (["--start=0123456789abc"], "13 tokens does not fit"),
+        (["--start=FILE:nowhere.txt"], "nowhere.txt"),
+        (["--top_p=2"], "top_p=2.0"),
+        (["--temperatur=2"], "did you mean 'temperature'?"),
+        (["--device=gpu"], "device=gpu"),
+    ],
+)
+def test_mistakes_are_one_line(call, run, arguments, words):
+    if arguments and not arguments[0].startswith("--out_dir"):
+        arguments = [f"--out_dir={run}", *arguments]
+    code, _, err = call(sample, *arguments)
+    assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_unreadable_starts_are_one_line(call, tmp_path):
+    save_run(tmp_path, CharTokenizer("\n+=12"), lines=["1+1=2"])
+    code, _, err = call(sample, f"--out_dir={tmp_path}", "--start=1+a=")
+    assert code == 2 and "'a' at position 2" in err and err.count("\n") == 1
+    (tmp_path / "prompt.txt").write_bytes(b"1+\xff")
+    code, _, err = call(sample, f"--out_dir={tmp_path}", f"--start=FILE:{tmp_path / 'prompt.txt'}")
+    assert code == 2 and "not UTF-8 text (byte 2)" in err and err.count("\n") == 1
+
+
+def test_pretrained_weights_need_no_run(call, monkeypatch, tiny_gpt):
+    asked = []
+    model = tiny_gpt(vocab_size=256, dag_depth=0)
+    monkeypatch.setattr(GPT, "from_huggingface", lambda name, **fields: asked.append((name, fields)) or model)
+    monkeypatch.setattr(sample.tokenizers, "build", lambda kind, text: asked.append(kind) or ByteTokenizer())
+    code, out, _ = call(sample, "--init_from=gpt2-medium", "--start=ab", "--max_new_tokens=3")
+    assert code == 0 and out.startswith("ab")
+    assert sorted(map(str, asked)) == ["('gpt2-medium', {'dag_depth': 0})", "gpt2"]
+
+
+# ----------------------------------------------------------------------------------------------------
+# evaluate.py
+
+
+def test_the_test_suite_and_a_file_of_ones_own(call, run, tmp_path):
+    code, out, _ = call(evaluate, f"--out_dir={run}", "--suite=test")
+    assert code == 0 and list(json.loads(out.splitlines()[-1])["splits"]) == ["more"]
+    (tmp_path / "mine.tsv").write_text("2+1=\t3\n2+1=\t03\n")
+    code, out, _ = call(evaluate, f"--out_dir={run}", f"--problems={tmp_path / 'mine.tsv'}")
+    assert code == 0 and json.loads(out.splitlines()[-1])["splits"] == {"mine": dict(n=2, exact=0.5)}
+
+
+def test_failures_are_ten_and_from_everywhere(capsys):
+    attempts = [evaluate.tasks.Attempt(f"{n}=", "1", "0", n % 2 == 0) for n in range(51)]
+    evaluate.show_failures(attempts)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "9 of 25 failures:" and lines[2] == "  1=0  (right is 1)" and lines[-1].startswith("  49=0")
+
+
+@pytest.mark.parametrize(
+    "content, words", [("1+1=\t2\n1+1 2\n", "mine.tsv:2: expected prompt<TAB>answer"), ("", "no problems")]
+)
+def test_a_malformed_file_is_refused(call, run, tmp_path, content, words):
+    (tmp_path / "mine.tsv").write_text(content)
+    code, out, err = call(evaluate, f"--out_dir={run}", f"--problems={tmp_path / 'mine.tsv'}")
+    assert code == 2 and out == "" and words in err and err.count("\n") == 1
+
+
+def test_a_data_set_without_problems(call, tmp_path):
+    save_run(tmp_path, CharTokenizer("\n+=12"), lines=["1+1=2"])
+    code, _, err = call(evaluate, f"--out_dir={tmp_path}")
+    assert code == 2 and "no val problems" in err and "--problems=FILE.tsv" in err and err.count("\n") == 1

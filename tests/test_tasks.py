@@ -1,0 +1,82 @@
+"""Problem files are read strictly, attempts are judged by the text up to the separator."""
+
+import pytest
+import torch
+
+import tasks
+from tasks import Problem, read_problems, solve, splits
+from tokenizer import ByteTokenizer
+
+
+def write(path, content: bytes):
+    path.write_bytes(content)
+    return path
+
+
+def test_read_problems(tmp_path):
+    path = write(tmp_path / "p.tsv", "12+7*3=\t33\r\n\n# 1. \t-0.5\ncaf\u00e9 \t1/2".encode())
+    expected = [Problem("12+7*3=", "33"), Problem("# 1. ", "-0.5"), Problem("caf\u00e9 ", "1/2")]
+    assert read_problems(path) == expected
+
+
+@pytest.mark.parametrize("line", [b"1+1=2", b"1+1=\t2\t3", b"\t2", b"1+1=\t", b"1+1=\t "])
+def test_a_malformed_line_is_refused_with_its_number(tmp_path, line):
+    path = write(tmp_path / "p.tsv", b"1+2=\t3\n\n" + line + b"\n4+4=\t8\n")
+    with pytest.raises(ValueError, match=r"p\.tsv:3: expected prompt<TAB>answer"):
+        read_problems(path)
+
+
+@pytest.mark.parametrize("content, words", [(b"", "no problems"), (b"\n \n", "no problems"), (b"1\xff\t2", "not UTF-8")])
+def test_a_file_without_problems_is_refused(tmp_path, content, words):
+    with pytest.raises(ValueError, match=words):
+        read_problems(write(tmp_path / "p.tsv", content))
+
+
+def test_splits_leave_decoys_out(tmp_path):
+    (tmp_path / "problems").mkdir()
+    for name in ("val_b.tsv", "val_a.tsv", "val_decoys.tsv", "test_a.tsv", "digits_8.tsv", "val_a.txt"):
+        (tmp_path / "problems" / name).touch()
+    assert list(splits(tmp_path)) == ["val_a", "val_b"]
+    assert list(splits(tmp_path, prefix="")) == ["digits_8", "test_a", "val_a", "val_b"]
+    assert splits(tmp_path)["val_a"] == tmp_path / "problems" / "val_a.tsv"
+    assert splits(tmp_path / "nowhere") == {}
+
+
+class Parrot:
+    """Answers from a list, in place of engine.generate."""
+
+    def __init__(self, answers: dict[str, str]):
+        self.answers, self.batches = answers, []
+
+    def __call__(self, model, prompts, max_new_tokens, *, temperature, stop):
+        assert temperature == 0 and stop == [[ord("\n")]]
+        self.batches.append((len(prompts), max_new_tokens))
+        return [list(self.answers[bytes(prompt).decode()].encode())[:max_new_tokens] for prompt in prompts]
+
+
+def test_solve(monkeypatch):
+    said = {"1+1=": "2\n", "1+2=": " 3 \n", "9*9=": "8", "5+5=": "100\n", "2-7=": "-5", "0+0=": "\n"}
+    right = {"1+1=": "2", "1+2=": "3", "9*9=": "81", "5+5=": "10", "2-7=": "-5", "0+0=": "0"}
+    parrot = Parrot(said)
+    monkeypatch.setattr(tasks, "generate", parrot)
+    attempts = solve(None, ByteTokenizer(), [Problem(*pair) for pair in right.items()], batch_size=4)
+    assert [attempt.prompt for attempt in attempts] == list(right)
+    assert [attempt.answer for attempt in attempts] == list(right.values())
+    assert [attempt.output for attempt in attempts] == ["2", " 3 ", "8", "100", "-5", ""]
+    assert [attempt.correct for attempt in attempts] == [True, True, False, False, True, False]
+    assert parrot.batches == [(4, 10), (2, 10)]  # the longest answer of the batch, and 8
+
+
+def test_solve_does_not_depend_on_the_batch_size(tiny_gpt):
+    model = tiny_gpt(vocab_size=256, dag_depth=2)
+    problems = [Problem(str(number) * (1 + number % 3), "12") for number in range(9)]
+    before = torch.get_rng_state()
+    assert solve(model, ByteTokenizer(), problems, batch_size=1) == solve(model, ByteTokenizer(), problems)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_prompt_outside_the_vocabulary_is_named(tiny_gpt):
+    from tokenizer import CharTokenizer
+
+    with pytest.raises(ValueError, match=r"prompt '1\+x=': character 'x' at position 2"):
+        solve(tiny_gpt(), CharTokenizer("\n+0123456789="), [Problem("1+1=", "2"), Problem("1+x=", "2")])

@@ -1,0 +1,438 @@
+"""Train a GPT with a differentiable DAG on it, or with --dag_depth=0 the plain GPT.
+
+    python train.py config/train_default.py --dag_depth=4               # CPU, minutes, prepares its own data
+    python train.py config/train_default.py --dag_depth=0               # the baseline: same code path
+    python train.py --init_from=resume --out_dir=out/train_default-001 --max_iters=4000
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+
+Read top to bottom: helpers, then configuration, setup, data, model, optimizer, loop. A run writes a folder:
+config.json, run.json (command, commit, versions), changes.diff, metrics.jsonl, best-*/ and last-*/ checkpoints.
+The loop follows nanoGPT's train.py (https://github.com/karpathy/nanoGPT); `gradient_accumulation_steps` is,
+as there, the number of micro-batches of one step over all processes.
+"""
+
+import atexit
+import contextlib
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import dataloader
+import runtime
+import tasks
+import tokenizer as tokenizers
+from configurator import TrainConfig, load_with_files, pick, run_script, to_dict
+from dag_logger import DAGLogger
+from dag_model import GPT, GPTConfig
+from optim import learning_rate_at, make_optimizer
+
+ROOT = Path(__file__).parent
+
+
+# ----------------------------------------------------------------------------------------------------
+# The run folder
+
+
+def new_run_dir(config: TrainConfig, files: list[str]) -> Path:
+    """`out_dir`, or a fresh out/<config name>-NNN. Never a folder that holds a run: ValueError."""
+    if not config.out_dir:
+        name = Path(files[-1]).stem if files else "train"
+        taken = [int(path.name[-3:]) for path in Path("out").glob(f"{name}-[0-9][0-9][0-9]")]
+        return Path("out") / f"{name}-{max(taken, default=0) + 1:03d}"
+    run_dir = Path(config.out_dir)
+    if (run_dir / "config.json").exists():
+        raise ValueError(
+            f"{run_dir} already holds a run and is left as it is: continue it with --init_from=resume, "
+            f"or name another --out_dir"
+        )
+    return run_dir
+
+
+def old_run_dir(config: TrainConfig, files: list[str]) -> Path:
+    """The run to resume: `out_dir`, or the newest out/<config name>-NNN."""
+    if config.out_dir:
+        return Path(config.out_dir)
+    name = Path(files[-1]).stem if files else "train"
+    runs = sorted(Path("out").glob(f"{name}-[0-9][0-9][0-9]"))
+    if not runs:
+        raise ValueError(f"nothing to resume: no run out/{name}-NNN here; name one with --out_dir=RUN")
+    return runs[-1]
+
+
+def git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def write_run_files(run_dir: Path, config: TrainConfig, hardware: str) -> None:
+    """What is needed to understand and repeat the run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    run = dict(command=[sys.executable, *sys.argv], commit=(git("rev-parse", "HEAD") or "").strip() or None)
+    run |= dict(hardware=hardware, python=sys.version.split()[0], started=time.strftime("%Y-%m-%d %H:%M:%S"))
+    (run_dir / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    (run_dir / "changes.diff").write_text(git("diff", "HEAD") or "")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Data and model
+
+
+def prepare_data(config: TrainConfig, processes: runtime.Processes) -> Path:
+    """The dataset's folder; runs its prepare.py first where the data are missing."""
+    data_dir = Path(config.data_dir) / config.dataset
+    script = ROOT / "data" / config.dataset / "prepare.py"
+    if processes.is_main and not (data_dir / "meta.json").exists():
+        if not script.exists():
+            raise ValueError(
+                f"no dataset {data_dir}: prepare your own text with "
+                f"`python data/custom/prepare.py --input=FILE --name={config.dataset}`"
+            )
+        print(f"preparing {data_dir} (once): python {script} --out_dir={data_dir}", flush=True)
+        code = subprocess.run([sys.executable, str(script), f"--out_dir={data_dir}"]).returncode
+        if code:
+            raise SystemExit(code)  # the script has said what is wrong
+    processes.wait()
+    return data_dir
+
+
+def validation_problems(data_dir: Path, count: int) -> list[tasks.Problem]:
+    """About `count` problems, evenly from every val_* split; [] where the dataset has none."""
+    splits = tasks.splits(data_dir, prefix="val_").values()
+    return [problem for path in splits for problem in tasks.read_problems(path)[: -(-count // len(splits))]]
+
+
+def initial_model(config: TrainConfig, tokenizer, saved: checkpoint.Checkpoint | None) -> GPT:
+    """The model to train: fresh, resumed from `saved`, or GPT-2's weights under a fresh DAG."""
+    if saved is not None:
+        model = checkpoint.rebuild_model(saved)
+        asked = pick(config, GPTConfig, vocab_size=model.config.vocab_size)
+        for name, value in asdict(model.config).items():
+            if name != "dropout" and getattr(asked, name) != value:
+                raise ValueError(f"{name}={getattr(asked, name)} does not fit the checkpoint, which has {value}")
+        if saved.tokenizer != tokenizer.to_json():
+            raise ValueError(
+                f"the vocabulary of dataset {config.dataset} is not the one the checkpoint was trained with: "
+                f"restore that dataset, or start a new run"
+            )
+        return model
+    if config.init_from == "scratch":
+        return GPT(pick(config, GPTConfig, vocab_size=tokenizer.vocab_size))
+    if tokenizer.kind != "gpt2":
+        raise ValueError(f"init_from={config.init_from} needs a dataset in GPT-2's tokens, not {tokenizer.kind}")
+    dag = {name: value for name, value in to_dict(config).items() if name.startswith("dag_")}
+    model = GPT.from_huggingface(config.init_from, dropout=config.dropout, **dag)
+    model.crop_block_size(config.block_size)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------
+# What a person sees
+
+
+class Display:
+    """A live bar on a terminal, plain lines elsewhere, silence on all ranks but the first."""
+
+    def __init__(self, total: int, done: int, is_main: bool):
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self.bar = Progress(*columns)
+        self.live = is_main and self.bar.console.is_terminal
+        atexit.register(self.close)  # an error must not leave the terminal without its cursor
+        self.is_main, self.total = is_main, total
+        self.task = self.bar.add_task("", total=total, completed=done)
+        if self.live:
+            self.bar.start()
+
+    def step(self, done: int, loss: float, seconds: float, tokens_per_second: float) -> None:
+        text = f"loss {loss:.4f}  {tokens_per_second / 1e3:.1f}k tok/s"
+        if self.live:
+            self.bar.update(self.task, completed=done, description=text)
+        elif self.is_main:
+            left = (self.total - done) * seconds
+            print(f"step {done}/{self.total}  {text}  {seconds * 1e3:.1f} ms  {left:.0f} s left", flush=True)
+
+    def say(self, text: str = "") -> None:
+        if self.is_main:
+            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+def show_problems(display: Display, attempts: list[tasks.Attempt], wrong: int = 2, right: int = 1) -> None:
+    """A few problems of an evaluation: failures say more than successes."""
+    solved = [attempt for attempt in attempts if attempt.correct]
+    failed = [attempt for attempt in attempts if not attempt.correct]
+    for attempt in solved[:right] + failed[:wrong]:
+        mark = "solved" if attempt.correct else f"failed, {attempt.answer} is right"
+        display.say(f"    {attempt.prompt}{attempt.output}  ({mark})")
+
+
+class StopFlag:
+    """Set by SIGINT or SIGTERM; a second signal ends the program as usual."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self.previous = {number: signal.signal(number, self._set) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _set(self, number, frame):
+        self.signal = number
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def raised(self, processes: runtime.Processes) -> bool:
+        """Whether any process was told to stop: all of them leave the loop after the same step."""
+        return processes.mean(float(self.signal is not None)) > 0
+
+
+# ----------------------------------------------------------------------------------------------------
+# The run
+
+
+def main() -> None:
+    # ------------------------------------------------------------------------------ configuration
+    config, files = load_with_files(TrainConfig)
+    saved = None
+    if config.init_from == "resume":
+        run_dir = old_run_dir(config, files)
+        saved = checkpoint.load(run_dir, "last")
+        # the run's own settings, then the config files and flags of this command
+        config, files = load_with_files(TrainConfig, base=saved.train_config)
+
+    # -------------------------------------------------------------------------------------- setup
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    processes, device = runtime.start_processes(config.device)
+    dtype = runtime.resolve_dtype(config.dtype, device)
+    hardware = runtime.describe(device, dtype, processes)
+    accumulation, remainder = divmod(config.gradient_accumulation_steps, processes.world_size)
+    if remainder:
+        raise ValueError(
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} counts the micro-batches of all "
+            f"{processes.world_size} processes: make it a multiple of {processes.world_size}"
+        )
+    torch.manual_seed(config.seed)  # the same on every rank until the weights exist
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+
+    # --------------------------------------------------------------------------------------- data
+    data_dir = prepare_data(config, processes)
+    meta = dataloader.read_meta(data_dir)
+    tokenizer = tokenizers.from_json(meta["tokenizer"])
+
+    def loader(split: str, seed: int) -> dataloader.Loader:
+        return dataloader.Loader(
+            data_dir, split, batch_size=config.batch_size, block_size=config.block_size, seed=seed,
+            rank=processes.rank, world_size=processes.world_size,
+        )
+
+    train_loader = loader("train", config.seed)
+    eval_loaders = {split: loader(split, config.seed + 1) for split in ("train", "val")}
+    problems = validation_problems(data_dir, config.eval_problems)
+
+    # -------------------------------------------------------------------------------------- model
+    model = initial_model(config, tokenizer, saved).to(device)
+
+    def to_device(batch):
+        if device.type != "cuda":
+            return [tensor.to(device) for tensor in batch]
+        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
+
+    def loss_of(network, batch) -> torch.Tensor:
+        with runtime.autocast(device, dtype):
+            return network(*to_device(batch))[1]
+
+    trial_batch = eval_loaders["train"].next_batch()
+    compiled = runtime.compile_model(model, config.compile, device, lambda m: loss_of(m, trial_batch).backward())
+    network = compiled
+    if processes.world_size > 1:
+        network = DistributedDataParallel(compiled, device_ids=[device.index] if device.type == "cuda" else None)
+
+    # ---------------------------------------------------------------------------------- optimizer
+    optimizer = make_optimizer(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    iteration, best_loss, stale, run_id = 0, math.inf, 0, None
+    if saved is None:
+        torch.manual_seed(config.seed + processes.rank)  # dropout differs between ranks from here on
+        run_dir = processes.agree(lambda: new_run_dir(config, files))
+        if processes.is_main:
+            write_run_files(run_dir, config, hardware)
+    else:
+        optimizer.load_state_dict(saved.optimizer)
+        train_loader.load_state_dict(saved.loader)
+        iteration, best_loss = saved.step, saved.best_val_loss
+        stale, run_id = saved.progress["stale"], saved.progress["wandb_run_id"]
+        if processes.world_size == 1:
+            checkpoint.restore_rng(saved.rng)
+        else:
+            torch.manual_seed(config.seed + processes.rank + iteration)  # one rank's RNG was saved
+    resumed_at = iteration if saved else None
+
+    display = Display(config.max_iters, iteration, processes.is_main)
+    logger = DAGLogger(
+        run_dir, to_dict(config), wandb_log=config.wandb_log, project=config.wandb_project,
+        run_name=config.wandb_run_name or run_dir.name, mode=config.wandb_mode, run_id=run_id,
+        resume_step=resumed_at,
+    ) if processes.is_main else None
+    plain = "plain GPT" if model.dag is None else f"GPT with a DAG of depth {config.dag_depth}"
+    display.say(f"{plain}, {model.num_parameters() / 1e6:.2f} M parameters, on {hardware}")
+    display.say(f"{meta['splits']['train']['tokens'] / 1e6:.1f} M training tokens in {data_dir}; run folder {run_dir}")
+
+    @torch.no_grad()
+    def estimate_losses() -> dict[str, float]:
+        """Mean loss over the same eval_iters batches of each split every time. The host waits for the device."""
+        model.eval()
+        losses = {}
+        for split, batches in eval_loaders.items():
+            batches.reset()
+            total = sum(loss_of(compiled, batches.next_batch()) for _ in range(config.eval_iters))
+            losses[split] = processes.mean(total.item() / config.eval_iters)
+        model.train()
+        return losses
+
+    def evaluate() -> dict[str, float]:
+        losses = estimate_losses()
+        scores = {f"{split}/loss": loss for split, loss in losses.items()}
+        display.say(f"step {iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        if processes.is_main:
+            model.eval()
+            if problems:
+                attempts = tasks.solve(model, tokenizer, problems)
+                scores["val/solved"] = sum(attempt.correct for attempt in attempts) / len(attempts)
+                display.say(f"  {scores['val/solved']:.1%} of {len(attempts)} validation problems solved")
+                show_problems(display, attempts)
+            if model.dag is not None:
+                idx = eval_loaders["val"].next_batch()[0].to(device)
+                with runtime.autocast(device, dtype):
+                    logger.dag_statistics(model.inspect(idx), model.dag.names)
+            model.train()
+        return scores
+
+    def save(kind: str) -> None:
+        if not processes.is_main:
+            return
+        state = checkpoint.Checkpoint(
+            step=iteration, best_val_loss=best_loss, model=model.state_dict(), optimizer=optimizer.state_dict(),
+            model_config=asdict(model.config), train_config=to_dict(config), loader=train_loader.state_dict(),
+            rng=checkpoint.capture_rng(), tokenizer=tokenizer.to_json(),
+            progress=dict(stale=stale, wandb_run_id=logger.run_id),
+        )
+        checkpoint.save(run_dir, kind, state)
+
+    def require_finite(loss: float) -> None:
+        if not math.isfinite(loss):
+            raise SystemExit(  # exit code 1
+                f"error: the loss is {loss} at step {iteration}; nothing of that was saved. Go on from the last "
+                f"good checkpoint with a lower --learning_rate or --grad_clip: "
+                f"python train.py --init_from=resume --out_dir={run_dir}"
+            )
+
+    # --------------------------------------------------------------------------------------- loop
+    stop = StopFlag()
+    loss_sum = torch.zeros((), device=device)
+    since, since_iteration = time.perf_counter(), iteration
+    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    if iteration >= config.max_iters and not config.eval_only:
+        display.say(f"already at step {iteration}: nothing to do until --max_iters is larger")
+    while True:
+        # evaluate and save
+        due = iteration % config.eval_interval == 0 or iteration == config.max_iters
+        if config.eval_only or (due and iteration != resumed_at):
+            paused = time.perf_counter()
+            scores = evaluate()
+            require_finite(scores["val/loss"])
+            if logger:
+                logger.log(iteration, scores | logger.get_wandb_logging_dict(model))
+            if config.eval_only:
+                break
+            improved = scores["val/loss"] < best_loss
+            best_loss, stale = min(scores["val/loss"], best_loss), 0 if improved else stale + 1
+            save("last")
+            if improved:
+                save("best")
+            since += time.perf_counter() - paused  # evaluation is not training time
+
+        # stop test
+        if iteration >= config.max_iters:
+            break
+        if config.patience and stale >= config.patience:
+            display.say(f"no better validation loss in {stale} evaluations: stopping early at step {iteration}")
+            break
+        if stop.raised(processes):
+            display.say(f"asked to stop: saving at step {iteration}")
+            require_finite(loss_sum.item())
+            save("last")
+            break
+
+        # micro-steps
+        rate = learning_rate_at(
+            iteration, config.schedule, config.learning_rate, config.min_lr, config.warmup_iters,
+            config.lr_decay_iters or config.max_iters, config.wsd_decay_iters or config.max_iters // 5,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)  # here, so that an evaluation still finds the gradients
+        loss_sum = torch.zeros((), device=device)
+        for micro_step in range(accumulation):
+            hold = processes.world_size > 1 and micro_step < accumulation - 1  # ranks average once a step
+            with network.no_sync() if hold else contextlib.nullcontext():
+                micro_loss = loss_of(network, train_loader.next_batch()) / accumulation
+                micro_loss.backward()
+            loss_sum += micro_loss.detach()
+
+        # step
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        optimizer.step()
+        iteration += 1
+
+        # log
+        if iteration % config.log_interval == 0:
+            loss = processes.mean(loss_sum.item())  # the host waits for the device
+            require_finite(loss)
+            now = time.perf_counter()
+            seconds = (now - since) / (iteration - since_iteration)
+            since, since_iteration = now, iteration
+            display.step(iteration, loss, seconds, tokens_per_step / seconds)
+            if logger:
+                speed = {"step_ms": seconds * 1e3, "tokens_per_second": tokens_per_step / seconds}
+                progress = {"train/batch_loss": loss, "learning_rate": rate, "gradient_norm": norm.item()}
+                logger.log(iteration, progress | speed)
+
+    # --------------------------------------------------------------------------------------- end
+    stop.restore()
+    display.close()
+    if logger:
+        logger.finish()
+        start = min((problem.prompt for problem in problems), key=len, default="The ")
+        for line in closing_words(run_dir, start, iteration, best_loss):
+            print(line)
+    processes.close()
+
+
+def closing_words(run_dir: Path, start: str, iteration: int, best_loss: float) -> list[str]:
+    return [
+        f"checkpoints in {run_dir}: last at step {iteration}, best at validation loss {best_loss:.4f}. Try next:",
+        f'  python sample.py --out_dir={run_dir} --start="{start}"',
+        f"  python evaluate.py --out_dir={run_dir}",
+        f"  python train.py --init_from=resume --out_dir={run_dir} --max_iters={2 * iteration}",
+    ]
+
+
+if __name__ == "__main__":
+    run_script(main)

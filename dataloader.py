@@ -207,7 +207,8 @@ class Loader:
     Batches of one split, for one of `world_size` processes.
 
     Batch k of process r is micro-batch k * world_size + r: N processes see in one step what one process sees
-    in N accumulation steps. `state_dict()` is plain JSON, the same for all processes, and resumes exactly.
+    in N accumulation steps. `state_dict()` is plain JSON, the same for all processes, and resumes exactly,
+    with another number of processes too.
     """
 
     def __init__(self, data_dir, split: str, *, batch_size: int, block_size: int, seed: int,
@@ -224,7 +225,7 @@ class Loader:
         self.rank, self.world_size, self.next = rank, world_size, 0
         content = "".join(meta["splits"][split]["sha256"])
         self.identity = dict(data=hashlib.sha256(content.encode()).hexdigest()[:16], split=split,
-                             world_size=world_size, **sizes)
+                             documents=meta["documents"], **sizes)
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """-> x, y: int64 (B, T) on the CPU"""
@@ -238,14 +239,17 @@ class Loader:
         self.next = 0
 
     def state_dict(self) -> dict:
-        return {"next": self.next, **self.identity}
+        return {"micro_batches": self.next * self.world_size, **self.identity}
 
     def load_state_dict(self, state: dict):
         for key, now in self.identity.items():
             if state.get(key) != now:
                 raise ValueError(f"the run read its data with {key}={state.get(key)}, now it is {key}={now}: "
                                  f"resume with the data and the settings it began with")
-        self.next = state["next"]
+        self.next, remainder = divmod(state["micro_batches"], self.world_size)
+        if remainder:
+            raise ValueError(f"the run has read {state['micro_batches']} micro-batches, which {self.world_size} "
+                             f"processes cannot share: resume with a number of processes that divides it")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -278,6 +278,13 @@ def test_values_learn_from_the_slopes_of_the_chosen_operations():
     assert inputs.grad.tolist() == [[[-0.5 - 1, SLOPE_LIMIT]]]  # d/db = 4, cut
 
 
+def test_an_operation_without_a_value_adds_no_slope_to_a_mixture():
+    inputs, names = torch.tensor([[[4.0, 0.0]]], requires_grad=True), ["add", "divide"]
+    operands = one_hot_plan([(0, 1, "add")], K=2, names=names).operands
+    execute(Plan(operands, torch.full((1, 1, 1, 2), 0.5)), inputs, names)[0][..., -1].sum().backward()
+    assert inputs.grad.tolist() == [[[0.5, 0.5]]]  # the sum's share alone
+
+
 HOSTILE = [0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30, 3e38, -3.0, 0.5, VALUE_LIMIT, math.nan, math.inf, -math.inf]
 
 

@@ -147,7 +147,7 @@ def test_reset_starts_over(data_dir):
     assert batches(val, 100) == first
 
 
-@pytest.mark.parametrize("key, value", [("seed", 8), ("world_size", 2), ("batch_size", 5)])
+@pytest.mark.parametrize("key, value", [("seed", 8), ("batch_size", 5)])
 def test_a_state_of_other_settings_is_refused(data_dir, key, value):
     with pytest.raises(ValueError, match=f"{key}={value}.*resume with"):
         loader(data_dir).load_state_dict(loader(data_dir, **{key: value}).state_dict())
@@ -348,3 +348,17 @@ def test_a_document_is_not_empty_and_has_no_separator_within(tmp_path, document)
 def test_ids_beyond_the_vocabulary_are_not_written(tmp_path):
     with pytest.raises(AssertionError, match="vocabulary"):
         write_dataset(tmp_path, "x", CharTokenizer("\nab"), {"train": [np.array([3])]}, documents=False)
+
+
+def test_another_number_of_processes_goes_on_where_the_run_was(data_dir):
+    alone = loader(data_dir)
+    batches(alone, 6)
+    state = alone.state_dict()
+    shares = [loader(data_dir, rank=rank, world_size=2) for rank in range(2)]
+    for share in shares:
+        share.load_state_dict(state)
+    for share in shares:  # micro-batches 6 and 7
+        (x, y), (expected_x, expected_y) = share.next_batch(), alone.next_batch()
+        assert torch.equal(x, expected_x) and torch.equal(y, expected_y)
+    with pytest.raises(ValueError, match="6 micro-batches, which 4 processes cannot share"):
+        loader(data_dir, world_size=4).load_state_dict(state)

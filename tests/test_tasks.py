@@ -5,7 +5,7 @@ import torch
 
 import tasks
 from tasks import Problem, read_problems, solve, splits
-from tokenizer import ByteTokenizer
+from tokenizer import ByteTokenizer, CharTokenizer
 
 
 def write(path, content: bytes):
@@ -14,8 +14,8 @@ def write(path, content: bytes):
 
 
 def test_read_problems(tmp_path):
-    path = write(tmp_path / "p.tsv", "12+7*3=\t33\r\n\n# 1. \t-0.5\ncaf\u00e9 \t1/2".encode())
-    expected = [Problem("12+7*3=", "33"), Problem("# 1. ", "-0.5"), Problem("caf\u00e9 ", "1/2")]
+    path = write(tmp_path / "p.tsv", "12+7*3=\t33\r\n\n 1. \t-0.5\ncaf\u00e9 \t1/2".encode())
+    expected = [Problem("12+7*3=", "33"), Problem(" 1. ", "-0.5"), Problem("caf\u00e9 ", "1/2")]
     assert read_problems(path) == expected
 
 
@@ -76,7 +76,5 @@ def test_solve_does_not_depend_on_the_batch_size(tiny_gpt):
 
 
 def test_a_prompt_outside_the_vocabulary_is_named(tiny_gpt):
-    from tokenizer import CharTokenizer
-
     with pytest.raises(ValueError, match=r"prompt '1\+x=': character 'x' at position 2"):
         solve(tiny_gpt(), CharTokenizer("\n+0123456789="), [Problem("1+1=", "2"), Problem("1+x=", "2")])

@@ -4,8 +4,8 @@
     python bench.py config/train_gpt2.py --vocab_size=50257 --batch_size=4 --decode_tokens=0
     python bench.py --dtype=float32 --compile=false --json   # one JSON object as the last line
 
-Takes every setting of train.py and those of its own below. The data are random tokens. A step is what train.py
-does for one micro-batch: forward, backward, clipping, AdamW. The model with the DAG and the plain GPT take turns,
+Takes every setting of train.py and its own below. The data are random tokens. A step is what train.py does
+for one micro-batch: forward, backward, clipping, AdamW. The model with the DAG and the plain GPT take turns,
 a few steps at a time, so that whatever else the machine does slows both; medians are over turns.
 
 FLOPs are 6 N + 12 L C T a token (PaLM, 2204.02311, appendix B); MFU is their share of the device's peak.
@@ -62,7 +62,7 @@ def seconds_of(action: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s that matrix products can reach on this device in this precision, and where the number is from."""
+    """FLOP/s that matrix products can reach on this device in this precision, and the number's source."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)  # "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB"
         for word in re.split(r"[\s-]", name):
@@ -82,12 +82,15 @@ def take_turns(
     order = list(steps)
     for _ in range(-(-count // per_turn)):
         for name in order:
-            seconds[name].append(seconds_of(lambda: [steps[name]() for _ in range(per_turn)], device) / per_turn)
+            turn = seconds_of(lambda: [steps[name]() for _ in range(per_turn)], device)
+            seconds[name].append(turn / per_turn)
         order.reverse()
     return seconds
 
 
-def make_step(model: GPT, config: BenchConfig, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+def make_step(
+    model: GPT, config: BenchConfig, device: torch.device, dtype: torch.dtype
+) -> Callable[[], None]:
     """A function that trains `model` for one step."""
     betas = (config.beta1, config.beta2)
     optimizer = make_optimizer(model, config.learning_rate, betas, config.weight_decay)
@@ -119,6 +122,7 @@ def decode_speed(config: BenchConfig, dag_depth: int, device: torch.device) -> d
     model = GPT(shape).to(device).eval()
     speeds = {}
     for name, cached in (("decode_tokens_per_second", True), ("decode_uncached_tokens_per_second", False)):
+
         def write(count: int) -> None:
             engine.generate(model, [[0]], count, temperature=0, cached=cached)
 
@@ -127,11 +131,26 @@ def decode_speed(config: BenchConfig, dag_depth: int, device: torch.device) -> d
     return speeds
 
 
-def peak_memory(device: torch.device) -> float:
-    """Bytes: on CUDA the most allocated since the last reset, on the CPU the most the process ever held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def process_memory() -> int:
+    """Bytes, the most that this process ever held in RAM."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def warmed_up(config: BenchConfig, dag_depth: int, device: torch.device, dtype: torch.dtype):
+    """A model, its step function, and a dict of what is known of it by now."""
+    held = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)  # by the model before
+    torch.manual_seed(config.seed)
+    model = GPT(pick(config, GPTConfig, dag_depth=dag_depth)).to(device)
+    step = make_step(model, config, device, dtype)
+    for _ in range(config.warmup):
+        step()
+    facts = {"parameters": model.num_parameters()}
+    if device.type == "cuda":
+        facts["gpu_memory_bytes"] = torch.cuda.max_memory_allocated(device) - held
+    return model, step, facts
 
 
 def measure(config: BenchConfig, device: torch.device, dtype: torch.dtype) -> dict:
@@ -140,21 +159,11 @@ def measure(config: BenchConfig, device: torch.device, dtype: torch.dtype) -> di
     depths = {"dag": config.dag_depth, "plain": 0} if config.dag_depth else {"plain": 0}
     models, steps, results = {}, {}, {}
     for name, depth in depths.items():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        torch.manual_seed(config.seed)
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0  # of the models before
-        models[name] = GPT(pick(config, GPTConfig, dag_depth=depth)).to(device)
-        steps[name] = make_step(models[name], config, device, dtype)
-        for _ in range(config.warmup):
-            steps[name]()
-        memory = peak_memory(device) - before
-        results[name] = {"parameters": models[name].num_parameters(), "peak_memory_bytes": memory}
+        models[name], steps[name], results[name] = warmed_up(config, depth, device, dtype)
 
     tokens = config.batch_size * config.block_size
     for name, seconds in take_turns(steps, config.steps, device).items():
-        median = statistics.median(seconds)
-        flops = models[name].flops_per_token()
+        median, flops = statistics.median(seconds), models[name].flops_per_token()
         results[name] |= {
             "step_ms": 1e3 * median,
             "step_ms_min": 1e3 * min(seconds),
@@ -163,15 +172,17 @@ def measure(config: BenchConfig, device: torch.device, dtype: torch.dtype) -> di
             "flops_per_token": flops,
             "mfu": flops * tokens / median / peak,
         }
-        if config.decode_tokens:
-            results[name] |= decode_speed(config, depths[name], device)
-    overhead = results["dag"]["step_ms"] / results["plain"]["step_ms"] if config.dag_depth else None
+    memory = process_memory()  # before decoding, which has a longer context
+    if config.decode_tokens:
+        for name, depth in depths.items():
+            results[name] |= decode_speed(config, depth, device)
     return {
         "hardware": runtime.describe(device, dtype, runtime.Processes()),
         "peak_flops": peak,
         "peak_flops_source": source,
+        "process_memory_bytes": memory,
         "models": results,
-        "dag_overhead": overhead,
+        "dag_overhead": results["dag"]["step_ms"] / results["plain"]["step_ms"] if "dag" in results else None,
     }
 
 
@@ -184,15 +195,17 @@ ROWS = {
     "tokens_per_second": ("training tokens/s", lambda n: f"{n:,.0f}"),
     "flops_per_token": ("FLOPs a token", lambda n: f"{n / 1e6:.2f} M"),
     "mfu": ("MFU", lambda share: f"{share:.1%}"),
-    "peak_memory_bytes": ("peak memory", lambda n: f"{n / 2**20:,.0f} MiB"),
+    "gpu_memory_bytes": ("peak GPU memory", lambda n: f"{n / 2**20:,.0f} MiB"),
     "decode_tokens_per_second": ("decoding tokens/s, cached", lambda n: f"{n:,.0f}"),
     "decode_uncached_tokens_per_second": ("decoding tokens/s, uncached", lambda n: f"{n:,.0f}"),
 }
 
 
-def show(result: dict, config: BenchConfig, console: Console) -> None:
-    console.print(f"{result['hardware']}, batch {config.batch_size} x {config.block_size} tokens", highlight=False)
-    console.print(f"peak {result['peak_flops'] / 1e12:.3g} TFLOP/s ({result['peak_flops_source']})", highlight=False)
+def show(result: dict, config: BenchConfig) -> None:
+    console = Console(highlight=False)
+    console.print(f"{result['hardware']}, batch {config.batch_size} x {config.block_size} tokens")
+    console.print(f"peak {result['peak_flops'] / 1e12:.3g} TFLOP/s ({result['peak_flops_source']})")
+    console.print(f"process memory {result['process_memory_bytes'] / 2**20:,.0f} MiB at most, all models")
     titles = {"dag": f"DAG, depth {config.dag_depth}", "plain": "plain GPT"}
     table = Table("", *(titles[name] for name in result["models"]))
     for key, (label, written) in ROWS.items():
@@ -201,7 +214,7 @@ def show(result: dict, config: BenchConfig, console: Console) -> None:
             table.add_row(label, *map(written, numbers))
     console.print(table)
     if result["dag_overhead"]:
-        console.print(f"a step with the DAG takes {result['dag_overhead']:.2f} times as long", highlight=False)
+        console.print(f"a step with the DAG takes {result['dag_overhead']:.2f} times as long as one without")
 
 
 def main() -> None:
@@ -212,7 +225,7 @@ def main() -> None:
     device = runtime.resolve_device(config.device)
     dtype = runtime.resolve_dtype(config.dtype, device)
     result = measure(config, device, dtype)
-    show(result, config, Console())
+    show(result, config)
     if config.json:
         print(json.dumps(result | {"config": to_dict(config)}))
 

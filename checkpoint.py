@@ -140,11 +140,11 @@ def replace_folder(source: Path, target: Path) -> None:
     """Rename, onto an earlier folder if need be; at every moment one of them has a name that `find` knows."""
     old = target.with_suffix(".old")
     if target.exists():
-        discard(old)
+        shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     source.rename(target)
     fsync(target.parent)
-    discard(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def prune(newest: Path, keep: int) -> None:
@@ -154,15 +154,7 @@ def prune(newest: Path, keep: int) -> None:
     if later:
         say(f"removing {', '.join(p.name for p in later)}: the run went back and is now at step {step}")
     for path in later + [path for path in same if path not in later][keep:]:
-        discard(path)
-
-
-def discard(folder: Path) -> None:
-    """Remove a checkpoint, which is renamed first: half of one is then never taken for a checkpoint."""
-    if folder.exists():
-        doomed = folder.with_name(f".tmp-removed-{folder.name}")
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -342,14 +342,14 @@ class TrainConfig:
     bias: bool = setting(False, "biases in linear layers and layer norms, as in GPT-2")
 
     dag_depth: int = setting(4, "steps of the computation; 0 is the plain GPT", minimum=0, section="dag")
-    dag_inputs: str = setting("token", "where input values come from", choices=("token", "sequence"))
+    dag_inputs: str = setting("sequence", "where input values come from", choices=("token", "sequence"))
     dag_values: str = setting("learned", "how input values are read", choices=("learned",))
     dag_plan: str = setting("straight_through", "how operands and operations are chosen",
                             choices=("soft", "straight_through"))
     dag_fold: str = setting("value", "how the result returns to the hidden state", choices=("value",))
     dag_ops: str = setting("all", "operations by name, separated by commas, or all")
-    dag_context: str = setting("linear", "what plans are predicted from", choices=("linear", "attention"))
-    dag_post_block: bool = setting(False, "a transformer block after the fold")
+    dag_context: str = setting("linear", "what values and plans are read from", choices=("linear", "attention"))
+    dag_post_block: bool = setting(False, "a transformer block between the result and the fold")
     dag_gate: bool = setting(True, "a learned gate on the fold")
 
     learning_rate: float = setting(1e-3, "peak", minimum=0, section="optimizer")

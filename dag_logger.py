@@ -32,8 +32,12 @@ LOGIN_TIMEOUT = 30  # seconds at the prompt for an API key, so that an unattende
 
 
 class DAGLogger:
-    """`resume_step` is the step a resumed run goes on from: what metrics.jsonl holds beyond it is dropped, since
-    the run will come by there again. `run_id`, kept in the checkpoint, lets it go on in the same W&B run."""
+    """The log of one run.
+
+    `resume_step` is the step a resumed run goes on from: what metrics.jsonl holds beyond it is dropped, since
+    the run will come by there again; None starts the file afresh. `run_id`, which belongs into the
+    checkpoint, lets a resumed run go on in the same W&B run.
+    """
 
     def __init__(
         self,
@@ -99,10 +103,10 @@ class DAGLogger:
         return self.latest
 
     def get_wandb_logging_dict(self, model: GPT) -> dict[str, float]:
-        """The latest statistics, and the gradient norm of every part of the DAG and of every operation's scores.
+        """The latest statistics, and the gradient norms of the DAG's parts and of each operation's scores.
 
-        Fit for `log` and for `wandb.log`. `model` is the bare GPT. Gradients are taken as they are: clipped after
-        clipping, and none after `zero_grad`. {} for a plain GPT.
+        Fit for `log` and for `wandb.log`. `model` is the bare GPT. Gradients are taken as they are: clipped
+        after clipping, and none after `zero_grad`. {} for a plain GPT.
         """
         if model.dag is None:
             return {}
@@ -138,7 +142,7 @@ class DAGLogger:
         print("W&B:", sync if mode == "offline" else self.run.url)
 
     def _try_wandb(self, call, *args, **kwargs) -> None:
-        """Call into W&B. Whatever goes wrong in there, from a missing package to a dead service, ends W&B alone."""
+        """Call into W&B. Whatever goes wrong there, from no package to a dead service, ends W&B alone."""
         try:
             call(*args, **kwargs)
         except Exception as error:  # it raises its own errors, OSError, pydantic's and protobuf's

@@ -39,7 +39,7 @@ class GPTConfig:
     dropout: float = 0.0  # probability, 0 to 1
     bias: bool = False  # biases in linear maps and LayerNorms, as GPT-2 has them
     dag_depth: int = 4  # steps D; 0 is the plain GPT
-    dag_inputs: str = "token"  # a key of INPUTS
+    dag_inputs: str = "sequence"  # a key of INPUTS
     dag_values: str = "learned"  # a key of VALUES
     dag_plan: str = "straight_through"  # a key of PLANS
     dag_fold: str = "value"  # a key of FOLDS
@@ -169,7 +169,7 @@ class OneHot(torch.autograd.Function):
     def backward(ctx, grad):
         probability = F.softmax(ctx.saved_tensors[0], dim=-1)
         weighted = probability * grad
-        return weighted - probability * weighted.sum(-1, keepdim=True)
+        return torch.addcmul(weighted, probability, weighted.sum(-1, keepdim=True), value=-1)
 
 
 def straight_through(logits: torch.Tensor) -> torch.Tensor:
@@ -296,8 +296,8 @@ class SequenceInputs(nn.Module):
         if cache is not None:
             key, values = cache.extend(self, "key", key), cache.extend(self, "values", values)
             visible = cache.visible
-        query = self.query(context).view(B, T * self.depth * 2, self.key_size)
-        logits = query @ key.transpose(1, 2) / math.sqrt(self.key_size)
+        query = self.query(context).view(B, T * self.depth * 2, self.key_size) / math.sqrt(self.key_size)
+        logits = query @ key.transpose(1, 2)
         return Inputs(values[:, None], visible, logits.view(B, T, self.depth, 2, -1))
 
 
@@ -336,7 +336,7 @@ class DAGPlanPredictor(nn.Module):
             ],
             dim=-1,
         )
-        operands = self.choose(logits.masked_fill(~visible[:, :, :, None], -torch.inf))
+        operands = self.choose(logits.masked_fill_(~visible[:, :, :, None], -torch.inf))  # before the softmax
         operation_logits = self.operation_score(operation_context).view(B, T, D, self.num_operations)
         return Plan(operands, self.choose(operation_logits.float()))
 

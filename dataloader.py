@@ -248,8 +248,8 @@ class Loader:
                                  f"resume with the data and the settings it began with")
         self.next, remainder = divmod(state["micro_batches"], self.world_size)
         if remainder:
-            raise ValueError(f"the run has read {state['micro_batches']} micro-batches, which {self.world_size} "
-                             f"processes cannot share: resume with a number of processes that divides it")
+            raise ValueError(f"the run has read {state['micro_batches']} micro-batches, which "
+                             f"{self.world_size} processes cannot share: resume with a number that divides it")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -389,7 +389,7 @@ class DatasetWriter:
         self.meta["splits"] = {split: dict(self.writers[split].progress) for split in splits}
         for info in self.meta["splits"].values():
             del info["unfinished"]
-        shards = {name for info in self.meta["splits"].values() for name in info["shards"]}
+        shards = [name for info in self.meta["splits"].values() for name in info["shards"]]
         (self.out_dir / "meta.json").unlink(missing_ok=True)  # from here to write_json there is no data set
         for old in self.out_dir.glob("*_" + "[0-9]" * 6 + ".bin"):
             if old.name not in shards:

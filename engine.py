@@ -1,16 +1,17 @@
 """
 Generate text from a trained model: key-value cache, prompts of any lengths in one batch, seeded sampling.
 
-    tokens = generate(model, [tokenizer.encode("12+7*3=")], 16, temperature=0, stop=[[tokenizer.separator_id]])
+    prompts = [tokenizer.encode("12+7*3="), tokenizer.encode("5-")]
+    tokens = generate(model, prompts, 16, temperature=0, stop=[[tokenizer.separator_id]])
 
 - what a row becomes does not depend on the rows beside it: neither its context nor its random numbers
 - cached=False reads the whole context anew for every token: slow, plain, and what the cache is tested against
 - the host waits for the device once a token, at the place marked below
 
-Window rule: a row that has outgrown the model's block_size goes on from its last block_size // 2 tokens. They
-get new positions, so they are read again; that happens once in block_size // 2 tokens.
+Window rule: a row that has outgrown the model's block_size goes on from its last block_size // 2 tokens.
+They get new positions, so they are read again; that happens once in block_size // 2 tokens.
 
-Sources: nucleus sampling, Holtzman et al. 2019 (1904.09751); https://github.com/karpathy/nanochat, its engine.
+Sources: nucleus sampling, Holtzman et al. 2019 (1904.09751); engine of https://github.com/karpathy/nanochat
 """
 
 from collections.abc import Callable, Sequence
@@ -39,11 +40,11 @@ def generate(
     """
     The new tokens of every prompt; a stop sequence that ended a row is among them, its last.
 
-    temperature: 0 is greedy. top_k, top_p: choose among the k most likely tokens, among the fewest tokens that
-    together have probability p; with both, k cuts first. stop: token sequences that end the row they appear in.
-    seed: row r draws from a generator of its own, seeded with seed + r: the same prompt alone, with that seed,
-    gives the same tokens. None is a new seed every time; PyTorch's global generator is never touched.
-    on_token(row, token) is called for every new token, rows in order within a step; True ends the row.
+    temperature: 0 is greedy. top_k, top_p: choose among the k most likely tokens, among the fewest tokens
+    that together have probability p; with both, k cuts first. stop: token sequences that end the row that
+    writes them. seed: row r draws from a generator of its own, seeded with seed + r: the same prompt alone,
+    with that seed, gives the same tokens. None is a new seed every time; PyTorch's global generator is never
+    touched. on_token(row, token) is called for every new token, rows in order within a step; True ends a row.
 
     Raises ValueError for a prompt that is empty or longer than block_size, and for settings out of range.
     """
@@ -61,7 +62,7 @@ def generate(
         if cache is not None and cache.longest < block_size:
             logits = advance(model, tokens, cache)
         else:
-            rows = sorted(running)  # the batch until the next time here; rows that end meanwhile idle along
+            rows = sorted(running)  # the batch until the next time here; rows that end meanwhile idle
             for row in rows:
                 if len(contexts[row]) > block_size:
                     contexts[row] = contexts[row][-max(block_size // 2, 1):]
@@ -85,8 +86,9 @@ def check(prompts, block_size, max_new_tokens, temperature, top_k, top_p) -> Non
         if not prompt:
             raise ValueError("an empty prompt: give at least one token, such as the separator of documents")
         if len(prompt) > block_size:
-            raise ValueError(f"a prompt of {len(prompt)} tokens does not fit the model's context: shorten it to "
-                             f"{block_size}")
+            raise ValueError(
+                f"a prompt of {len(prompt)} tokens does not fit the context: shorten it to {block_size}"
+            )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected 0 or more")
     if not temperature >= 0:

@@ -1,13 +1,13 @@
 """
 Score a trained model: the share of problems that it solves.
 
-    python evaluate.py --out_dir=out/train_default-001                   # the validation problems of its data set
-    python evaluate.py --out_dir=out/train_default-001 --suite=test      # numbers and shapes never seen in training
+    python evaluate.py --out_dir=out/train_default-001                 # validation problems of its data set
+    python evaluate.py --out_dir=out/train_default-001 --suite=test    # longer and more numbers, other words
     python evaluate.py --out_dir=out/train_default-001 --problems=mine.tsv --json=scores.json
 
 A line of a problem file is `prompt<TAB>answer`. The model continues the prompt greedily up to the end of the
-document, and has solved the problem if it wrote the answer, character for character. Prints a table, ten failures,
-and as the last line a JSON object; shares in it are between 0 and 1.
+document, and has solved the problem if it wrote the answer, character for character. Prints a table, up to
+ten failures, and as the last line a JSON object; shares in it are between 0 and 1.
 """
 
 import json
@@ -30,8 +30,9 @@ SUITES = {
 class EvaluateConfig:
     out_dir: str = setting("", "run folder of the model", section="model")
     checkpoint: str = setting("best", "which of its checkpoints", choices=("best", "last"))
-    suite: str = setting("val", "problems of the run's data set: val like those in training; test also longer "
-                                "numbers, more numbers, other words", choices=tuple(SUITES), section="problems")
+    suite: str = setting("val", "problems of the run's data set: val like those in training; test also "
+                                "longer and more numbers, other words",
+                         choices=tuple(SUITES), section="problems")
     problems: str = setting("", "a file of problems to score instead")
     batch_size: int = setting(64, "problems attempted together", minimum=1)
     json: str = setting("", "file to write the JSON object of the last line to, too")
@@ -47,10 +48,11 @@ def problem_files(config: EvaluateConfig, train_config: dict) -> dict[str, Path]
     if config.problems:
         return {Path(config.problems).stem: Path(config.problems)}
     data_dir = Path(train_config["data_dir"]) / train_config["dataset"]
-    files = {name: path for name, path in tasks.splits(data_dir, prefix="").items() if SUITES[config.suite](name)}
+    in_suite = SUITES[config.suite]
+    files = {name: path for name, path in tasks.splits(data_dir, prefix="").items() if in_suite(name)}
     if not files:
-        raise ValueError(f"no {config.suite} problems in {data_dir / 'problems'}: prepare the data set there, or give "
-                         f"a file, --problems=FILE.tsv")
+        raise ValueError(f"no {config.suite} problems in {data_dir / 'problems'}: prepare the data set, "
+                         f"or give a file, --problems=FILE.tsv")
     return files
 
 
@@ -73,7 +75,8 @@ def main() -> None:
     config = load(EvaluateConfig)
     device = runtime.resolve_device(config.device)
     model, tokenizer, saved = checkpoint.load_model(config.out_dir, config.checkpoint, device)
-    problems = {name: tasks.read_problems(path) for name, path in problem_files(config, saved.train_config).items()}
+    files = problem_files(config, saved.train_config)
+    problems = {name: tasks.read_problems(path) for name, path in files.items()}
 
     since = time.perf_counter()
     attempts = {}

@@ -6,7 +6,7 @@
                                        warmup_iters=100, decay_iters=2000, wsd_decay_iters=400)
 
 - AdamW (Loshchilov & Hutter, 1711.05101), fused into one kernel where PyTorch has it; decay for matrices only
-- schedules: cosine as in nanoGPT, warmup-stable-decay (MiniCPM, 2404.06395), constant; all after linear warmup
+- schedules: cosine as in nanoGPT, warmup-stable-decay (MiniCPM, 2404.06395), constant; after linear warmup
 """
 
 import math

@@ -118,6 +118,7 @@ class Processes:
             dist.barrier()
 
     def close(self) -> None:
+        self.wait()  # gloo aborts a process that leaves while another is still in a collective
         if self.world_size > 1:
             dist.destroy_process_group()
 

@@ -3,7 +3,7 @@ Generate text with a trained model and look at it.
 
     python sample.py --out_dir=out/train_default-001 --start="12+7*3="
     python sample.py --out_dir=out/train_default-001 --start=FILE:prompt.txt --num_samples=5 --temperature=0.8
-    python sample.py --init_from=gpt2 --start="The answer is" --top_k=200      # pretrained, needs `transformers`
+    python sample.py --init_from=gpt2 --start="The answer is" --top_k=200   # pretrained; needs `transformers`
 
 The first sample appears as it is written; the others are written beside it, as one batch, and follow.
 The settings are those of nanoGPT's sample.py (https://github.com/karpathy/nanoGPT) where both have them.
@@ -35,12 +35,14 @@ class SampleConfig:
                              "empty begins a document", section="text")
     num_samples: int = setting(1, "samples, written as one batch", minimum=1)
     max_new_tokens: int = setting(200, "tokens per sample at most", minimum=1)
-    stop: str | None = setting(None, "text that ends a sample and is not shown; empty is nothing, none is the end "
-                                     "of the document where the model was trained on documents")
-    temperature: float = setting(0.8, "0 is greedy, 1 is the model's own distribution", minimum=0, section="sampling")
+    stop: str | None = setting(None, "text that ends a sample and is not shown; empty is nothing, none is "
+                                     "the end of the document where the model was trained on documents")
+    temperature: float = setting(0.8, "0 is greedy, 1 is the model's own distribution", minimum=0,
+                                 section="sampling")
     top_k: int | None = setting(None, "choose among the k most likely tokens", minimum=1)
     top_p: float | None = setting(None, "choose among the fewest tokens with this probability together")
-    seed: int | None = setting(1337, "of the first sample, the next has seed + 1; none is new every time", minimum=0)
+    seed: int | None = setting(1337, "of the first sample, the next has seed + 1; none is new every time",
+                               minimum=0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", section="system")
     dtype: str = setting("float32", "of matrix products", choices=("float32", "bfloat16"))
 
@@ -54,7 +56,7 @@ class Sample:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, stop: str):
         self.tokenizer, self.stop = tokenizer, stop
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the first bytes of a character back
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds incomplete characters back
         self.text = ""
         self.shown = 0  # characters
 

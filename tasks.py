@@ -54,21 +54,22 @@ def read_problems(path: str | Path) -> list[Problem]:
 
 def splits(data_dir: str | Path, prefix: str = "val_") -> dict[str, Path]:
     """
-    The data set's files of problems whose names begin with `prefix`; {} where it has none. Decoys are left out:
-    there is nothing to compute in them, and whatever number a model writes there solves nothing.
+    The data set's files of problems whose names begin with `prefix`; {} where it has none. Decoys are left
+    out: there is nothing to compute in them, and whatever number a model writes there solves nothing.
     """
     paths = sorted((Path(data_dir) / "problems").glob(f"{prefix}*.tsv"))
     return {path.stem: path for path in paths if not path.stem.endswith("decoys")}
 
 
 def solve(model: GPT, tokenizer: Tokenizer, problems: list[Problem], batch_size: int = 64) -> list[Attempt]:
-    """Attempts at all problems, in their order. Raises ValueError for a prompt that the model cannot read."""
+    """Attempts at all problems, in their order. Raises ValueError for a prompt the model cannot read."""
     attempts = []
     for start in range(0, len(problems), batch_size):
         batch = problems[start:start + batch_size]
         prompts = [encode(tokenizer, problem.prompt) for problem in batch]
-        limit = max(len(problem.answer.encode()) for problem in batch) + SPARE_TOKENS  # no token is less than a byte
-        written = generate(model, prompts, limit, temperature=0, stop=[[tokenizer.separator_id]])
+        longest = max(len(problem.answer.encode()) for problem in batch)  # bytes: no token is less than one
+        stop = [[tokenizer.separator_id]]
+        written = generate(model, prompts, longest + SPARE_TOKENS, temperature=0, stop=stop)
         for problem, tokens in zip(batch, written):
             if tokens[-1] == tokenizer.separator_id:
                 tokens = tokens[:-1]

@@ -333,7 +333,7 @@ def inspect(model):
 
 def test_seed_001s_table_of_shapes(tiny_gpt):
     B, T, D, C = 2, 16, 3, 16
-    state = inspect(tiny_gpt(dag_depth=D, dag_ops="add,identity,multiply,subtract"))
+    state = inspect(tiny_gpt(dag_depth=D, dag_inputs="token", dag_ops="add,identity,multiply,subtract"))
     S = D + 1
     assert state.plan.operand1.shape == state.plan.operand2.shape == (B, T, D, S)
     assert state.plan.operation.shape == (B, T, D, 4)
@@ -387,7 +387,7 @@ def test_without_a_gate_the_result_is_always_added(tiny_gpt):
 
 
 def test_the_gate_sees_whether_the_result_has_a_value(tiny_gpt):
-    model, hidden = tiny_gpt(dag_depth=1, dag_ops="log"), torch.randn(2, 16, 16)
+    model, hidden = tiny_gpt(dag_depth=1, dag_inputs="token", dag_ops="log"), torch.randn(2, 16, 16)
     with torch.no_grad():
         model.dag.gate.weight.zero_()
         model.dag.gate.weight[..., -1] = 5

@@ -197,28 +197,33 @@ def wandb_records(path: Path):
 
 
 def read_wandb(run_dir: Path) -> tuple[dict, list[dict]]:
-    """Configuration and history of the newest run in the folder."""
-    config, history = {}, []
-    for record in wandb_records(max(run_dir.glob("wandb/offline-run-*/*.wandb"))):
-        if record.WhichOneof("record_type") == "run":
-            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-        if record.WhichOneof("record_type") == "history":
-            row = {(item.key or ".".join(item.nested_key)): json.loads(item.value_json)
-                   for item in record.history.item}
-            history.append(row)
-    return config, history
+    """Configuration and history of the folder's run; W&B writes the end of its file shortly after `finish`."""
+    (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    for _ in range(200):
+        records = {}
+        for record in wandb_records(path):
+            records.setdefault(record.WhichOneof("record_type"), []).append(record)
+        if "exit" in records:
+            break
+        time.sleep(0.1)
+
+    def as_dict(items) -> dict:
+        return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+    return as_dict(records["run"][0].run.config.update), [as_dict(r.history.item) for r in records["history"]]
 
 
 def test_offline_run_holds_what_was_logged_and_goes_on_under_its_id(tmp_path, capfd):
-    first = DAGLogger(tmp_path, {"n_layer": 4, "dtype": "auto"}, wandb_log=True, mode="offline", run_name="one")
+    config = {"n_layer": 4, "dtype": "auto"}
+    first = DAGLogger(tmp_path, config, wandb_log=True, mode="offline", run_name="one")
     assert first.run_id and first.run.name == "one"
     first.log(10, {"train/loss": 2.5, "broken": math.nan})
     first.log(10, {"val/loss": 2.75})  # of the same step
     first.log(20, {"train/loss": 1.25})
     first.finish()
     assert "wandb sync" in capfd.readouterr().out
-    config, history = read_wandb(tmp_path)
-    assert (config["n_layer"], config["dtype"]) == (4, "auto")
+    written, history = read_wandb(tmp_path)
+    assert config.items() <= written.items()
     rows = [{name: row.get(name) for name in ("_step", "train/loss", "val/loss")} for row in history]
     assert rows == [
         {"_step": 10, "train/loss": 2.5, "val/loss": 2.75},
@@ -301,7 +306,8 @@ def test_the_login_prompt_on_an_unattended_terminal_gives_up(tmp_path):
     """wandb.init alone would wait at its prompt for ever."""
     command, env = online(tmp_path)
     keyboard, terminal = pty.openpty()
-    done = subprocess.run(command, cwd=ROOT, env=env, stdin=terminal, stdout=terminal, stderr=terminal, timeout=40)
+    streams = dict(stdin=terminal, stdout=terminal, stderr=terminal)
+    done = subprocess.run(command, cwd=ROOT, env=env, timeout=40, **streams)
     output = os.read(keyboard, 65536).decode()
     os.close(keyboard), os.close(terminal)
     assert "Enter your choice" in output  # it did ask

@@ -48,16 +48,17 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def server():
-    """A web server that sends `content` after some `failures`, in turns an error and half of it."""
+    """A web server that sends `content` after some `failures`: an error and half of it in turns."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.server.requests += 1
             fails, content = self.server.requests <= self.server.failures, self.server.content
-            self.send_response(503 if fails and self.server.requests % 2 else 200)
-            self.send_header("Content-Length", str(len(content)))
+            busy = fails and self.server.requests % 2
+            self.send_response(503 if busy else 200)
+            self.send_header("Content-Length", str(4 if busy else len(content)))
             self.end_headers()
-            self.wfile.write(content[:len(content) // 2] if fails else content)
+            self.wfile.write(b"busy" if busy else content[:len(content) // (1 + fails)])
 
         def log_message(self, *args):
             pass

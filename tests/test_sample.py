@@ -23,7 +23,8 @@ def save_run(folder, tokenizer, documents=True, lines=LINES):
     rows = [tokenizer.encode(line + "\n") for line in lines]
     longest = max(map(len, rows))
     idx = torch.tensor([row + [tokenizer.separator_id] * (longest - len(row)) for row in rows])
-    model = GPT(GPTConfig(block_size=longest, vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=32, dag_depth=1))
+    sizes = dict(block_size=longest, vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=32)
+    model = GPT(GPTConfig(dag_depth=1, **sizes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
         model(idx[:, :-1], idx[:, 1:])[1].backward()
@@ -53,7 +54,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """call(sample, "--start=x") -> exit code, stdout, stderr; in this process, which saves importing PyTorch."""
+    """call(sample, "--start=x") -> exit code, stdout, stderr; in this process, to save the imports."""
 
     def call(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, arguments)])
@@ -99,8 +100,8 @@ def test_without_a_start_a_document_begins(call, run, monkeypatch):
 
 def test_samples_are_those_of_the_seed(call, run):
     def texts(count, seed):
-        arguments = f"--num_samples={count}", f"--seed={seed}", "--temperature=5", "--max_new_tokens=6", "--stop="
-        return call(sample, f"--out_dir={run}", "--start=1", *arguments)[1].split("-" * 20 + "\n")
+        settings = f"--start=1 --temperature=5 --max_new_tokens=6 --stop= --num_samples={count} --seed={seed}"
+        return call(sample, f"--out_dir={run}", *settings.split())[1].split("-" * 20 + "\n")
 
     assert texts(3, 1) == texts(1, 1) + texts(1, 2) + texts(1, 3)
     assert len(set(texts(3, 1))) == 3
@@ -201,7 +202,8 @@ def test_failures_are_ten_and_from_everywhere(capsys):
     attempts = [evaluate.tasks.Attempt(f"{n}=", "1", "0", n % 2 == 0) for n in range(51)]
     evaluate.show_failures(attempts)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "9 of 25 failures:" and lines[2] == "  1=0  (right is 1)" and lines[-1].startswith("  49=0")
+    assert lines[1] == "9 of 25 failures:"
+    assert (lines[2], lines[-1]) == ("  1=0  (right is 1)", "  49=0  (right is 1)")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,9 @@ def test_a_malformed_line_is_refused_with_its_number(tmp_path, line):
         read_problems(path)
 
 
-@pytest.mark.parametrize("content, words", [(b"", "no problems"), (b"\n \n", "no problems"), (b"1\xff\t2", "not UTF-8")])
+@pytest.mark.parametrize(
+    "content, words", [(b"", "no problems"), (b"\n \n", "no problems"), (b"1\xff\t2", "not UTF-8")]
+)
 def test_a_file_without_problems_is_refused(tmp_path, content, words):
     with pytest.raises(ValueError, match=words):
         read_problems(write(tmp_path / "p.tsv", content))

@@ -207,16 +207,19 @@ def torchrun(tmp_path, *arguments):
 
 
 def test_two_processes_equal_one_on_the_same_global_batch(run, data_dir, tmp_path):
-    flags = ["--max_iters=3", "--gradient_accumulation_steps=4", f"--data_dir={data_dir}"]
+    flags = ["--max_iters=3", "--gradient_accumulation_steps=4", "--dag_plan=soft", f"--data_dir={data_dir}"]
     done = torchrun(tmp_path, *flags, "--out_dir=two")
     assert done.returncode == 0, done.stderr
     run(*flags, "--out_dir=one")
-    one, two = weights("one"), weights("two")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
-    start = load_file("one/best-00000000/model.safetensors") if Path("one/best-00000000").exists() else None
-    assert start is None or any((start[name] - one[name]).abs().max() > 1e-3 for name in start)
-    assert metrics("one", "val/loss")[3] == pytest.approx(metrics("two", "val/loss")[3], abs=0.5)
+    for name, tolerance in {"train/batch_loss": 1e-4, "gradient_norm": 1e-3}.items():
+        assert metrics("one", name) == pytest.approx(metrics("two", name), rel=tolerance)
+    start, one, two = (
+        torch.cat([tensor.flatten() for tensor in state.values()])
+        for state in (checkpoint.load("one/last-00000000").model, weights("one"), weights("two"))
+    )
+    # AdamW's first steps have the size of the learning rate whatever the gradient's, so where a gradient is
+    # zero but for rounding single weights may differ; all together they must not
+    assert (one - two).abs().mean() < 0.01 * (one - start).abs().mean()
 
 
 @pytest.mark.slow

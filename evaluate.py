@@ -1,5 +1,5 @@
 """
-Score a trained model: the share of problems that it solves.
+Score a trained model: its loss on the validation text, and the share of problems that it solves.
 
     python evaluate.py --out_dir=out/train_default-001                 # validation problems of its data set
     python evaluate.py --out_dir=out/train_default-001 --suite=test    # longer and more numbers, other words
@@ -15,10 +15,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import checkpoint
 import runtime
 import tasks
 from configurator import load, run_script, setting
+from dataloader import Loader
 
 SUITES = {
     "val": lambda name: name.startswith("val_"),
@@ -35,6 +38,7 @@ class EvaluateConfig:
                          choices=tuple(SUITES), section="problems")
     problems: str = setting("", "a file of problems to score instead")
     batch_size: int = setting(64, "problems attempted together", minimum=1)
+    eval_iters: int = setting(50, "batches of the validation text for the loss", minimum=1)
     json: str = setting("", "file to write the JSON object of the last line to, too")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", section="system")
 
@@ -43,21 +47,22 @@ class EvaluateConfig:
             raise ValueError("which run? give its folder as --out_dir=RUN")
 
 
-def problem_files(config: EvaluateConfig, train_config: dict) -> dict[str, Path]:
-    """{name: path} of what is to be scored; ValueError where there is nothing."""
+def problem_files(config: EvaluateConfig, data_dir: Path) -> dict[str, Path]:
+    """{name: path} of what is to be scored; {} where the data set has no problems."""
     if config.problems:
         return {Path(config.problems).stem: Path(config.problems)}
-    data_dir = Path(train_config["data_dir"]) / train_config["dataset"]
     in_suite = SUITES[config.suite]
-    files = {name: path for name, path in tasks.splits(data_dir, prefix="").items() if in_suite(name)}
-    if not files:
-        raise ValueError(f"no {config.suite} problems in {data_dir / 'problems'}: prepare the data set, "
-                         f"or give a file, --problems=FILE.tsv")
-    return files
+    return {name: path for name, path in tasks.splits(data_dir, prefix="").items() if in_suite(name)}
 
 
-def share(attempts: list[tasks.Attempt]) -> float:
-    return sum(attempt.correct for attempt in attempts) / len(attempts)
+def validation_loader(data_dir: Path, train_config: dict) -> Loader:
+    """The batches that training evaluates on."""
+    batch_size, block_size, seed = (train_config[name] for name in ("batch_size", "block_size", "seed"))
+    return Loader(data_dir, "val", batch_size=batch_size, block_size=block_size, seed=seed + 1)
+
+
+def share(attempts: list[tasks.Attempt]) -> float | None:
+    return sum(attempt.correct for attempt in attempts) / len(attempts) if attempts else None
 
 
 def show_failures(attempts: list[tasks.Attempt], count: int = 10) -> None:
@@ -75,13 +80,20 @@ def main() -> None:
     config = load(EvaluateConfig)
     device = runtime.resolve_device(config.device)
     model, tokenizer, saved = checkpoint.load_model(config.out_dir, config.checkpoint, device)
-    files = problem_files(config, saved.train_config)
+    data_dir = Path(saved.train_config["data_dir"]) / saved.train_config["dataset"]
+    files = problem_files(config, data_dir)
     problems = {name: tasks.read_problems(path) for name, path in files.items()}
 
     since = time.perf_counter()
+    loss = None
+    if not config.problems:
+        loader = validation_loader(data_dir, saved.train_config)
+        loss = tasks.mean_loss(model, loader, config.eval_iters, device, torch.float32)
+        print(f"validation loss {loss:.4f} at step {saved.step}")
     attempts = {}
-    width = max(map(len, problems))
-    print(f"{'split':{width}}  {'n':>6}  exact %")
+    if problems:
+        width = max(map(len, problems))
+        print(f"{'split':{width}}  {'n':>6}  exact %")
     for name in problems:
         attempts[name] = tasks.solve(model, tokenizer, problems[name], config.batch_size)
         print(f"{name:{width}}  {len(attempts[name]):6}  {share(attempts[name]):7.1%}", flush=True)
@@ -92,6 +104,7 @@ def main() -> None:
         n=len(together),
         exact=share(together),
         splits={name: dict(n=len(some), exact=share(some)) for name, some in attempts.items()},
+        val_loss=loss,
         step=saved.step,
         seconds=round(time.perf_counter() - since, 3),
     )

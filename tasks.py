@@ -1,5 +1,5 @@
 """
-Problems with one right answer, and a model's attempts at them.
+How good a model is: its loss on held-out text, and its attempts at problems with one right answer.
 
 A file of problems has a line for each, `prompt<TAB>answer`; a blank at the end of a prompt counts:
 
@@ -12,7 +12,11 @@ A model attempts one by continuing the prompt greedily up to the document separa
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+import runtime
 from dag_model import GPT
+from dataloader import Loader
 from engine import generate
 from tokenizer import Tokenizer
 
@@ -77,6 +81,18 @@ def solve(model: GPT, tokenizer: Tokenizer, problems: list[Problem], batch_size:
             correct = output.strip() == problem.answer.strip()
             attempts.append(Attempt(problem.prompt, problem.answer, output, correct))
     return attempts
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, loader: Loader, batches: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Mean cross-entropy in nats over the loader's first `batches`. The host waits for the device, once."""
+    loader.reset()
+    total = torch.zeros((), device=device)
+    for _ in range(batches):
+        x, y = loader.next_batch()
+        with runtime.autocast(device, dtype):
+            total += model(x.to(device), y.to(device))[1]
+    return total.item() / batches
 
 
 def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -170,7 +170,8 @@ class Display:
             sys.stdout.flush()
 
     def close(self) -> None:
-        self.bar.stop()
+        if self.live:
+            self.bar.stop()
 
 
 def show_problems(display: Display, attempts: list[tasks.Attempt], wrong: int = 2, right: int = 1) -> None:
@@ -294,24 +295,15 @@ def main() -> None:
     display.say(f"{plain}, {model.num_parameters() / 1e6:.2f} M parameters, on {hardware}")
     display.say(f"{meta['splits']['train']['tokens'] / 1e6:.1f} M training tokens in {data_dir}; run folder {run_dir}")
 
-    @torch.no_grad()
-    def estimate_losses() -> dict[str, float]:
-        """Mean loss over the same eval_iters batches of each split every time. The host waits for the device."""
-        model.eval()
-        losses = {}
-        for split, batches in eval_loaders.items():
-            batches.reset()
-            total = sum(loss_of(compiled, batches.next_batch()) for _ in range(config.eval_iters))
-            losses[split] = processes.mean(total.item() / config.eval_iters)
-        model.train()
-        return losses
-
     def evaluate() -> dict[str, float]:
-        losses = estimate_losses()
-        scores = {f"{split}/loss": loss for split, loss in losses.items()}
-        display.say(f"step {iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        """Losses over the same batches every time, and problems; `logger` learns what the DAG does."""
+        model.eval()
+        scores = {}
+        for split, batches in eval_loaders.items():
+            loss = tasks.mean_loss(compiled, batches, config.eval_iters, device, dtype)
+            scores[f"{split}/loss"] = processes.mean(loss)
+        display.say(f"step {iteration}: train loss {scores['train/loss']:.4f}, val loss {scores['val/loss']:.4f}")
         if processes.is_main:
-            model.eval()
             if problems:
                 attempts = tasks.solve(model, tokenizer, problems)
                 scores["val/solved"] = sum(attempt.correct for attempt in attempts) / len(attempts)
@@ -321,7 +313,7 @@ def main() -> None:
                 idx = eval_loaders["val"].next_batch()[0].to(device)
                 with runtime.autocast(device, dtype):
                     logger.dag_statistics(model.inspect(idx), model.dag.names)
-            model.train()
+        model.train()
         return scores
 
     def save(kind: str) -> None:

@@ -197,7 +197,7 @@ def wandb_records(path: Path):
 
 
 def read_wandb(run_dir: Path) -> tuple[dict, list[dict]]:
-    """Configuration and history of the folder's run; W&B writes the end of its file shortly after `finish`."""
+    """Configuration and history of the folder's run; W&B ends its file shortly after `finish`."""
     (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     for _ in range(200):
         records = {}

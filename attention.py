@@ -54,6 +54,14 @@ class Cache:
         self.longest += added if lengths is None else int(lengths.max())
 
 
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torch.Tensor:
+    """PyTorch's attention, on the CPU always in fp32: its bf16 backward there takes six times as long (2.13)."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+
+
 class CausalSelfAttention(nn.Module):
     """(B, T, C) -> (B, T, C); position t sees positions 0..t of its row."""
 
@@ -73,11 +81,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(self, "k", k), cache.extend(self, "v", v)
             mask = cache.visible[:, None]  # (B, 1, T, P)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if x.device.type == "cpu":
-            # PyTorch 2.13's bf16 attention backward on the CPU takes six times as long as its fp32 one.
-            q, k, v = q.float(), k.float(), v.float()
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0
-        )
+        dropout = self.dropout if self.training else 0.0
+        y = attend(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))

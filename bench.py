@@ -70,8 +70,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
                 return PEAK_FLOPS[word], f"{word} data sheet"
     size = 1024 if device.type == "cpu" else 8192
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    fastest = min(seconds_of(lambda: a @ b, device) for _ in range(20))
-    return 2 * size**3 / fastest, f"fastest of 20 products of {size} x {size}"
+    fastest = min(seconds_of(lambda: a @ b, device) for _ in range(50))
+    return 2 * size**3 / fastest, f"fastest of 50 products of {size} x {size}"
 
 
 def take_turns(

@@ -342,7 +342,7 @@ class TrainConfig:
     bias: bool = setting(False, "biases in linear layers and layer norms, as in GPT-2")
 
     dag_depth: int = setting(4, "steps of the computation; 0 is the plain GPT", minimum=0, section="dag")
-    dag_inputs: str = setting("sequence", "where input values come from", choices=("token", "sequence"))
+    dag_inputs: str = setting("token", "where input values come from", choices=("token", "sequence"))
     dag_values: str = setting("learned", "how input values are read", choices=("learned",))
     dag_plan: str = setting("straight_through", "how operands and operations are chosen",
                             choices=("soft", "straight_through"))

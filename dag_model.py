@@ -39,7 +39,7 @@ class GPTConfig:
     dropout: float = 0.0  # probability, 0 to 1
     bias: bool = False  # biases in linear maps and LayerNorms, as GPT-2 has them
     dag_depth: int = 4  # steps D; 0 is the plain GPT
-    dag_inputs: str = "sequence"  # a key of INPUTS
+    dag_inputs: str = "token"  # a key of INPUTS
     dag_values: str = "learned"  # a key of VALUES
     dag_plan: str = "straight_through"  # a key of PLANS
     dag_fold: str = "value"  # a key of FOLDS
@@ -62,13 +62,20 @@ class Operation(NamedTuple):
     slopes: Callable  # (a, b, result) -> d result / d a, d result / d b; tensors or numbers
 
 
+def _power(a, b):
+    # A mixture of equal whole numbers is whole only up to rounding, and (-2)^b exists at whole b alone: without
+    # this a soft plan's power would come and go with the order of a sum, and cached decoding would differ.
+    whole = b.round()
+    return torch.pow(a, torch.where((a < 0) & ((b - whole).abs() < 2**-16), whole, b))
+
+
 OPERATIONS = {
     "add": Operation(True, torch.add, lambda a, b, result: (1.0, 1.0)),
     "subtract": Operation(True, torch.sub, lambda a, b, result: (1.0, -1.0)),
     "multiply": Operation(True, torch.mul, lambda a, b, result: (b, a)),
     "divide": Operation(True, torch.div, lambda a, b, result: (1 / b, -result / b)),
     "identity": Operation(False, lambda a, b: a, lambda a, b, result: (1.0, 0.0)),
-    "power": Operation(True, torch.pow, lambda a, b, result: (b * torch.pow(a, b - 1), result * torch.log(a))),
+    "power": Operation(True, _power, lambda a, b, result: (b * _power(a, b - 1), result * torch.log(a))),
     "log": Operation(False, lambda a, b: torch.log(a), lambda a, b, result: (1 / a, 0.0)),
     "max": Operation(True, torch.maximum, lambda a, b, result: (a >= b, a < b)),
     "min": Operation(True, torch.minimum, lambda a, b, result: (a <= b, a > b)),
@@ -353,27 +360,33 @@ def execute(plan: Plan, values: torch.Tensor, names: list[str]) -> tuple[torch.T
     K = values.size(-1)
     binary = torch.tensor([float(OPERATIONS[name].binary) for name in names], device=values.device)
     inside = values.abs() <= VALUE_LIMIT  # False for NaN too
-    slots = values.masked_fill(~inside, 0.0).unsqueeze(-2)  # (B, T or 1, 1, K): one row for both operands
-    validity = inside.float().unsqueeze(-2)
-    results = slots.new_zeros(B, T, 1, 0)  # (B, T, 1, steps done)
-    result_validity = results
+    values = values.masked_fill(~inside, 0.0)
+    validity = inside.float()
 
-    # unbound once: indexing inside the loop would make autograd fill a whole (B, T, D, 2, S) for every step
-    steps = zip(*(part.unbind(2) for part in (*plan.operands.split([K, D], dim=-1), plan.operation)))
-    for step, (from_inputs, from_results, operation) in enumerate(steps):  # (B, T, 2, K), (B, T, 2, D), (B, T, O)
+    # what every step takes from the inputs, for all steps at once: (B, T, D, 2)
+    from_inputs, from_results = plan.operands.split([K, D], dim=-1)
+    taken = Mix.apply(from_inputs, values[:, :, None, None])
+    with torch.no_grad():
+        taken_validity = (from_inputs * validity[:, :, None, None]).sum(-1)
+
+    results = values.new_zeros(B, T, 1, 0)  # (B, T, 1, steps done)
+    result_validity = results
+    # unbound once: indexing inside the loop would make autograd fill a whole (B, T, D, 2, D) for every step
+    steps = zip(*(part.unbind(2) for part in (taken, taken_validity, from_results, plan.operation)))
+    for step, (operands, have, from_results, operation) in enumerate(steps):  # (B, T, 2) twice, (B, T, 2, D), ...
         from_results = from_results[..., :step]
-        a, b = (Mix.apply(from_inputs, slots) + Mix.apply(from_results, results)).unbind(-1)  # (B, T)
+        a, b = (operands + Mix.apply(from_results, results)).unbind(-1)  # (B, T)
         result, applicable = Step.apply(operation, a, b, names)
         with torch.no_grad():
-            have = (from_inputs * validity).sum(-1) + (from_results * result_validity).sum(-1)
+            have = have + (from_results * result_validity).sum(-1)
             have_a, have_b = have[..., None].unbind(-2)  # (B, T, 1)
             have_b = 1 - binary * (1 - have_b)  # unary operations do not look at b
             valid = (operation * applicable * have_a * have_b).sum(-1).clamp(max=1.0)  # rounding would double a step
         results = torch.cat([results, result.masked_fill(valid == 0, 0.0)[..., None, None]], dim=-1)
         result_validity = torch.cat([result_validity, valid[..., None, None]], dim=-1)
     return (
-        torch.cat([slots.expand(B, T, 1, K), results], dim=-1).squeeze(2),
-        torch.cat([validity.expand(B, T, 1, K), result_validity], dim=-1).squeeze(2),
+        torch.cat([values.expand(B, T, K), results.squeeze(2)], dim=-1),
+        torch.cat([validity.expand(B, T, K), result_validity.squeeze(2)], dim=-1),
     )
 
 

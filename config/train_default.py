@@ -14,7 +14,7 @@ n_head = 4
 n_embd = 128
 
 dag_depth = 4
-dag_inputs = "sequence"
+dag_inputs = "token"
 dag_values = "learned"
 dag_plan = "straight_through"
 dag_fold = "value"

@@ -63,7 +63,7 @@ def test_peak_of_known_gpus(monkeypatch, name, flops):
 
 
 def test_peak_is_measured_elsewhere(monkeypatch):
-    durations = iter([0.5] * 19 + [0.25])
+    durations = iter([0.5] * 49 + [0.25])
     monkeypatch.setattr(bench, "seconds_of", lambda action, device: (action(), next(durations))[1])
     assert bench.peak_flops(CPU, torch.float32)[0] == 2 * 1024**3 / 0.25
 

@@ -37,7 +37,7 @@ MEANING = {
     "multiply": lambda a, b: a * b,
     "divide": lambda a, b: a / b,
     "identity": lambda a, b: a,
-    "power": math.pow,
+    "power": lambda a, b: math.pow(a, round(b) if a < 0 and abs(b - round(b, 0)) < 2**-16 else b),
     "log": lambda a, b: math.log(a),
     "max": max,
     "min": min,
@@ -211,6 +211,14 @@ def test_soft_execution_is_the_mixture_computed_by_hand():
     values, validity = execute(plan, torch.tensor([[[6.0, 2, 0]]]), names)
     assert values.tolist() == [[[6, 2, 0, 0.5 * (4 + 2.5) + 0.5 * (4 * 2.5), 0.75 * 8.25]]]
     assert validity.tolist() == [[[1, 1, 1, 1, 0.75]]]
+
+
+def test_a_mixture_of_equal_numbers_is_that_number_to_every_operation():
+    inputs, names = torch.full((1, 1, 5), -2.0), ["power"]
+    for operands in PLANS["soft"](torch.randn(50, 1, 1, 1, 2, 5)):  # each sums to 1 up to rounding
+        plan = Plan(F.pad(operands, (0, 1)), torch.ones(1, 1, 1, 1))
+        values, validity = execute(plan, inputs, names)
+        assert values[..., -1].item() == pytest.approx(0.25) and validity[..., -1].item() == pytest.approx(1)
 
 
 def test_validity_is_the_probability_that_the_operands_and_the_operation_have_values():

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "checkpoint": {"dag_model", "tokenizer"},
     "dag_logger": {"dag_model"},
     "engine": {"attention", "dag_model"},
-    "tasks": {"dag_model", "engine", "tokenizer"},
+    "tasks": {"dag_model", "dataloader", "engine", "runtime", "tokenizer"},
 }
 MODEL_SIDE = ["attention", "layers", "exact", "numerals", "dag_model"]
 SCRIPTS = ["train", "sample", "bench", "evaluate"]  # and data/*/prepare.py: any module, no script

@@ -12,13 +12,14 @@ import evaluate
 import sample
 from configurator import run_script as run_main
 from dag_model import GPT, GPTConfig
+from dataloader import write_dataset
 from tokenizer import ByteTokenizer, CharTokenizer
 
 LINES = ["1+1=2", "2+1=3", "3+1=4", "caf\u00e9: \u20ac5"]
 
 
 def save_run(folder, tokenizer, documents=True, lines=LINES):
-    """A run folder with a model that knows the lines by heart."""
+    """A run folder with a model that knows the lines by heart, and its data set in data/sums."""
     torch.manual_seed(0)
     rows = [tokenizer.encode(line + "\n") for line in lines]
     longest = max(map(len, rows))
@@ -32,9 +33,11 @@ def save_run(folder, tokenizer, documents=True, lines=LINES):
         optimizer.zero_grad()
     state = checkpoint.Checkpoint(
         step=60, model=model.state_dict(), optimizer={}, model_config=asdict(model.config),
-        train_config=dict(data_dir=str(folder / "data"), dataset="sums"), tokenizer=tokenizer.to_json(),
-        loader=dict(documents=documents), rng={},
+        train_config=dict(data_dir=str(folder / "data"), dataset="sums", batch_size=1, block_size=longest, seed=1),
+        tokenizer=tokenizer.to_json(), loader=dict(documents=documents), rng={},
     )
+    splits = {"train": lines, "val": lines}
+    write_dataset(folder / "data" / "sums", "sums", tokenizer, splits, documents=documents)
     checkpoint.save(folder, "best", state)
     return folder
 
@@ -80,9 +83,10 @@ def test_evaluate_as_a_person_runs_it(run_script, run, tmp_path):
     lines = done.stdout.splitlines()
     scores = json.loads(lines[-1])
     assert scores.pop("seconds") > 0
+    assert 0 < scores.pop("val_loss") < 0.7  # by heart, but for the first character
     splits = {"val_sums": dict(n=3, exact=2 / 3), "val_words": dict(n=1, exact=1.0)}
     assert scores == dict(n=4, exact=0.75, splits=splits, step=60)
-    assert [line.split() for line in lines[1:3]] == [["val_sums", "3", "66.7%"], ["val_words", "1", "100.0%"]]
+    assert [line.split() for line in lines[2:4]] == [["val_sums", "3", "66.7%"], ["val_words", "1", "100.0%"]]
     assert "1 of 1 failures:" in lines and "  3+1=4  (right is 5)" in lines
     assert json.loads((tmp_path / "scores.json").read_text())["splits"] == splits
 
@@ -215,7 +219,9 @@ def test_a_malformed_file_is_refused(call, run, tmp_path, content, words):
     assert code == 2 and out == "" and words in err and err.count("\n") == 1
 
 
-def test_a_data_set_without_problems(call, tmp_path):
+def test_a_data_set_without_problems_has_its_loss(call, tmp_path):
     save_run(tmp_path, CharTokenizer("\n+=12"), lines=["1+1=2"])
-    code, _, err = call(evaluate, f"--out_dir={tmp_path}")
-    assert code == 2 and "no val problems" in err and "--problems=FILE.tsv" in err and err.count("\n") == 1
+    code, out, err = call(evaluate, f"--out_dir={tmp_path}")
+    scores = json.loads(out.splitlines()[-1])
+    assert (code, err) == (0, "") and scores["n"] == 0 and scores["exact"] is None and scores["val_loss"] < 1
+

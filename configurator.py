@@ -331,8 +331,8 @@ class TrainConfig:
 
     dataset: str = setting("arithmetic", "folder in data_dir; prepared where it is missing", section="data")
     data_dir: str = setting("data", "folder of the datasets")
-    batch_size: int = setting(64, "rows per micro-batch and process", minimum=1)
-    block_size: int = setting(64, "tokens per row: the longest context", minimum=1)
+    batch_size: int = setting(32, "rows per micro-batch and process", minimum=1)
+    block_size: int = setting(128, "tokens per row: the longest context", minimum=1)
     gradient_accumulation_steps: int = setting(1, "micro-batches per step, over all processes", minimum=1)
 
     n_layer: int = setting(4, "transformer blocks", minimum=1, section="model")

@@ -31,7 +31,7 @@ from layers import Block
 
 @dataclass(frozen=True)
 class GPTConfig:
-    block_size: int = 64  # tokens of context
+    block_size: int = 128  # tokens of context
     vocab_size: int = 65  # tokens in the vocabulary
     n_layer: int = 4
     n_head: int = 4

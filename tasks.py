@@ -70,7 +70,7 @@ def solve(model: GPT, tokenizer: Tokenizer, problems: list[Problem], batch_size:
     attempts = []
     for start in range(0, len(problems), batch_size):
         batch = problems[start:start + batch_size]
-        prompts = [encode(tokenizer, problem.prompt) for problem in batch]
+        prompts = [encode(tokenizer, problem.prompt, model.config.block_size) for problem in batch]
         longest = max(len(problem.answer.encode()) for problem in batch)  # bytes: no token is less than one
         stop = [[tokenizer.separator_id]]
         written = generate(model, prompts, longest + SPARE_TOKENS, temperature=0, stop=stop)
@@ -95,8 +95,11 @@ def mean_loss(model: torch.nn.Module, loader: Loader, batches: int, device: torc
     return total.item() / batches
 
 
-def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def encode(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
     try:
-        return tokenizer.encode(prompt)
+        tokens = tokenizer.encode(prompt)
     except ValueError as error:
         raise ValueError(f"prompt {prompt!r}: {error}") from None
+    if len(tokens) > block_size:
+        raise ValueError(f"prompt {prompt!r} has {len(tokens)} tokens, and the model's context only {block_size}")
+    return tokens

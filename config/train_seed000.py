@@ -8,8 +8,8 @@
 # sequence, it is causal at every position. Needs nothing.
 
 dataset = "arithmetic"
-batch_size = 64
-block_size = 64
+batch_size = 32
+block_size = 128
 
 n_layer = 4
 n_head = 4

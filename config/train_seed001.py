@@ -7,8 +7,8 @@
 # without a gate. Operand choices are (B, T, D, S), operation choices (B, T, D, 4). Needs nothing.
 
 dataset = "arithmetic"
-batch_size = 64
-block_size = 64
+batch_size = 32
+block_size = 128
 
 n_layer = 4
 n_head = 4

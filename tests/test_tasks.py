@@ -56,12 +56,12 @@ class Parrot:
         return [list(self.answers[bytes(prompt).decode()].encode())[:max_new_tokens] for prompt in prompts]
 
 
-def test_solve(monkeypatch):
+def test_solve(monkeypatch, tiny_gpt):
     said = {"1+1=": "2\n", "1+2=": " 3 \n", "9*9=": "8", "5+5=": "100\n", "2-7=": "-5", "0+0=": "\n"}
     right = {"1+1=": "2", "1+2=": "3", "9*9=": "81", "5+5=": "10", "2-7=": "-5", "0+0=": "0"}
     parrot = Parrot(said)
     monkeypatch.setattr(tasks, "generate", parrot)
-    attempts = solve(None, ByteTokenizer(), [Problem(*pair) for pair in right.items()], batch_size=4)
+    attempts = solve(tiny_gpt(), ByteTokenizer(), [Problem(*pair) for pair in right.items()], batch_size=4)
     assert [attempt.prompt for attempt in attempts] == list(right)
     assert [attempt.answer for attempt in attempts] == list(right.values())
     assert [attempt.output for attempt in attempts] == ["2", " 3 ", "8", "100", "-5", ""]
@@ -80,3 +80,8 @@ def test_solve_does_not_depend_on_the_batch_size(tiny_gpt):
 def test_a_prompt_outside_the_vocabulary_is_named(tiny_gpt):
     with pytest.raises(ValueError, match=r"prompt '1\+x=': character 'x' at position 2"):
         solve(tiny_gpt(), CharTokenizer("\n+0123456789="), [Problem("1+1=", "2"), Problem("1+x=", "2")])
+
+
+def test_a_prompt_beyond_the_context_is_named(tiny_gpt):
+    with pytest.raises(ValueError, match="prompt '1{17}' has 17 tokens.* only 16"):
+        solve(tiny_gpt(), ByteTokenizer(), [Problem("1" * 17, "1")])

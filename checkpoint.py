@@ -299,9 +299,10 @@ def rebuild_config(cls: type[T], saved: dict[str, Any], written_by: str = "anoth
     return config
 
 
-def rebuild_model(checkpoint: Checkpoint) -> GPT:
-    """The model as it was saved, on the CPU, in train mode."""
-    model = GPT(rebuild_config(GPTConfig, checkpoint.model_config, checkpoint.written_by))
+def rebuild_model(checkpoint: Checkpoint, **overrides: Any) -> GPT:
+    """The model as it was saved, but for `overrides` of its config, on the CPU, in train mode."""
+    config = rebuild_config(GPTConfig, checkpoint.model_config, checkpoint.written_by)
+    model = GPT(dataclasses.replace(config, **overrides))
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
@@ -316,6 +317,13 @@ def load_model(
     """A trained model in eval mode, its tokenizer, and the checkpoint without its optimizer state."""
     checkpoint = load(path, kind, with_optimizer=False)
     return rebuild_model(checkpoint).to(device).eval(), tokenizer.from_json(checkpoint.tokenizer), checkpoint
+
+
+def require_vocabulary(checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
+    """ValueError unless the data set of this meta.json has the vocabulary that the model was trained with."""
+    if checkpoint.tokenizer != meta["tokenizer"]:
+        raise ValueError(f"the vocabulary of the data set {meta['name']} is not the one the checkpoint was trained "
+                         f"with: prepare the data set again as it was, or train a new model on this one")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -207,12 +207,14 @@ def split_flag(argument: str) -> tuple[str, str]:
     return name, text
 
 
-def parse(cls: type[T], argv: list[str], base: dict[str, Any] | None = None) -> tuple[T, list[str]]:
+def parse(
+    cls: type[T], argv: list[str], base: dict[str, Any] | None = None, check: bool = True
+) -> tuple[T, list[str]]:
     """
     Settings, and the config files they came from. Raises ConfigError; `--help` prints and exits 0.
 
     `base` stands in for the defaults: what a saved run was made with. Names in it that are no longer settings
-    are passed over.
+    are passed over. `check=False` leaves out the class's own `check`, for a first look at a few settings.
     """
     settings = settings_of(cls)
     arguments = [a for a in argv if a not in ("--help", "-h")]
@@ -235,7 +237,7 @@ def parse(cls: type[T], argv: list[str], base: dict[str, Any] | None = None) -> 
             print(help_text(config))
             raise SystemExit(0)
         source = ", ".join(files + ["command line"] * bool(flags)) or "defaults"
-        if hasattr(config, "check"):
+        if check and hasattr(config, "check"):
             config.check()
     except ValueError as error:
         raise ConfigError(source, one_line(error)) from error
@@ -243,11 +245,11 @@ def parse(cls: type[T], argv: list[str], base: dict[str, Any] | None = None) -> 
 
 
 def load_with_files(
-    cls: type[T], argv: list[str] | None = None, base: dict[str, Any] | None = None
+    cls: type[T], argv: list[str] | None = None, base: dict[str, Any] | None = None, check: bool = True
 ) -> tuple[T, list[str]]:
     """`parse` for scripts: a mistake in sys.argv ends the program with one line on stderr and exit code 2."""
     try:
-        return parse(cls, sys.argv[1:] if argv is None else argv, base)
+        return parse(cls, sys.argv[1:] if argv is None else argv, base, check)
     except ConfigError as error:
         report(error)
 
@@ -311,6 +313,9 @@ def run_script(main: Callable[[], None]) -> None:
     """
     try:
         main()
+    except BrokenPipeError:  # the reader of our output has left, `python sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("TRACEBACK") == "1":
             traceback.print_exc()
@@ -360,7 +365,7 @@ class TrainConfig:
     grad_clip: float = setting(1.0, "largest gradient norm; 0 is off", minimum=0)
     schedule: str = setting("cosine", "learning rate after warmup", choices=("cosine", "wsd", "constant"))
     warmup_iters: int = setting(100, "steps of linear warmup", minimum=0)
-    lr_decay_iters: int = setting(0, "step at which cosine reaches min_lr; 0 is max_iters", minimum=0)
+    lr_decay_iters: int = setting(0, "step at which cosine and wsd reach min_lr; 0 is max_iters", minimum=0)
     min_lr: float = setting(1e-4, "where cosine and wsd end", minimum=0)
     wsd_decay_iters: int = setting(0, "length of the decay in wsd; 0 is a fifth of max_iters", minimum=0)
 

@@ -207,7 +207,7 @@ class DAGState(NamedTuple):
     values: torch.Tensor  # (B, T, S), within +-VALUE_LIMIT
     validity: torch.Tensor  # (B, T, S), in [0, 1]: the probability that the slot holds a value
     gate: torch.Tensor  # (B, T, 1), in (0, 1), or exactly 1 where the config has no gate
-    folded: torch.Tensor  # (B, T, C), what the gate lets through to the hidden state
+    folded: torch.Tensor  # (B, T, C), the result as a vector, before the gate
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class LinearContexts(nn.Module):
 
 
 class AttentionContexts(nn.Module):
-    """Seed 000: a snap block and token attention before the values, an attention block for each choice."""
+    """A snap block and token attention before the values, an attention block for each kind of choice."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -274,7 +274,7 @@ class Inputs(NamedTuple):
 
 
 class TokenInputs(nn.Module):
-    """K = 1: the token's own value and nothing of any other token (seed 001)."""
+    """K = 1: the token's own value and nothing of any other token."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -288,7 +288,7 @@ class TokenInputs(nn.Module):
 
 
 class SequenceInputs(nn.Module):
-    """K = T: a value for every position up to and including this one, chosen by attention (seed 000)."""
+    """K = T: a value for every position up to and including this one, chosen by attention."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -330,7 +330,7 @@ class DAGPlanPredictor(nn.Module):
         self.operation_score = nn.Linear(config.n_embd, config.dag_depth * self.num_operations)
 
     def forward(self, inputs: Inputs, operand_context: torch.Tensor, operation_context: torch.Tensor) -> Plan:
-        """Contexts (B, T, C) and inputs -> Plan with operands (B, T, D, S) and operations (B, T, D, O)."""
+        """Inputs and contexts (B, T, C) -> Plan: operands (B, T, D, 2, S), operations (B, T, D, O)."""
         B, T, _ = operand_context.shape
         D = self.depth
         result_logits = self.result_score(operand_context).view(B, T, D, 2, D)
@@ -358,7 +358,6 @@ def execute(plan: Plan, values: torch.Tensor, names: list[str]) -> tuple[torch.T
     """
     B, T, D, _, _ = plan.operands.shape
     K = values.size(-1)
-    binary = torch.tensor([float(OPERATIONS[name].binary) for name in names], device=values.device)
     inside = values.abs() <= VALUE_LIMIT  # False for NaN too
     values = values.masked_fill(~inside, 0.0)
     validity = inside.float()
@@ -380,7 +379,8 @@ def execute(plan: Plan, values: torch.Tensor, names: list[str]) -> tuple[torch.T
         with torch.no_grad():
             have = have + (from_results * result_validity).sum(-1)
             have_a, have_b = have[..., None].unbind(-2)  # (B, T, 1)
-            have_b = 1 - binary * (1 - have_b)  # unary operations do not look at b
+            # unary operations do not look at b
+            have_b = torch.cat([have_b if OPERATIONS[name].binary else have_b.new_ones(B, T, 1) for name in names], -1)
             valid = (operation * applicable * have_a * have_b).sum(-1).clamp(max=1.0)  # rounding would double a step
         results = torch.cat([results, result.masked_fill(valid == 0, 0.0)[..., None, None]], dim=-1)
         result_validity = torch.cat([result_validity, valid[..., None, None]], dim=-1)
@@ -391,7 +391,7 @@ def execute(plan: Plan, values: torch.Tensor, names: list[str]) -> tuple[torch.T
 
 
 class ValueFold(nn.Module):
-    """The final value as a vector: projected, normalised, times a learned scale (seed 001).
+    """The final value as a vector: projected, normalised, times a learned scale.
 
     The projection reads asinh(value): linear near 0, logarithmic far out, and its gradient fades as the
     value grows, so a huge value can neither drown the hidden state nor blow up the gradient.
@@ -406,7 +406,8 @@ class ValueFold(nn.Module):
 
     def forward(self, value: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """(B, T) -> (B, T, C)"""
-        dag_hidden = self.project(torch.asinh(value)[..., None])
+        with torch.autocast(value.device.type, enabled=False):  # bf16 would merge 1000 numbers into 143
+            dag_hidden = self.project(torch.asinh(value)[..., None])
         if self.post_block is not None:
             dag_hidden = self.post_block(dag_hidden, cache)
         return self.norm(dag_hidden) * self.dag_scale
@@ -494,7 +495,7 @@ class GPT(nn.Module):
             assert idx.size(1) <= self.config.block_size, f"{idx.size(1)} tokens, block_size {self.config.block_size}"
             positions = torch.arange(idx.size(1), device=idx.device)
         else:
-            positions = cache.begin(idx.size(1)).clamp(max=self.config.block_size - 1)
+            positions = cache.begin(idx.size(1))
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         for block in self.transformer.h:
             x = block(x, cache)
@@ -523,7 +524,7 @@ class GPT(nn.Module):
         return total if embeddings else total - self.transformer.wpe.weight.numel()
 
     def flops_per_token(self) -> float:
-        """Forward and backward, trunk and DAG: 6 N + 12 L C T (PaLM, 2204.02311, appendix B)."""
+        """Forward and backward: 6 N for all weights, 12 L C T for the trunk's attention (PaLM, 2204.02311, B)."""
         c = self.config
         return 6 * self.num_parameters(embeddings=False) + 12 * c.n_layer * c.n_embd * c.block_size
 

@@ -218,6 +218,10 @@ class Loader:
         if split not in meta["splits"]:
             raise ValueError(f"{data_dir} has no split {split!r}, only {', '.join(meta['splits'])}")
         tokens = TokenArray([Path(data_dir) / name for name in meta["splits"][split]["shards"]])
+        if len(tokens) != meta["splits"][split]["tokens"]:
+            raise ValueError(f"the {split} shards in {data_dir} hold {len(tokens)} tokens, meta.json says "
+                             f"{meta['splits'][split]['tokens']}: {AGAIN}")
+        self.data_dir, self.vocab_size = data_dir, meta["vocab_size"]
         sizes = dict(batch_size=batch_size, block_size=block_size, seed=seed, shuffle=shuffle)
         self.rows = (DocumentRows(tokens, meta["separator_id"], **sizes) if meta["documents"]
                      else WindowRows(tokens, **sizes))
@@ -230,6 +234,9 @@ class Loader:
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """-> x, y: int64 (B, T) on the CPU"""
         rows, real = self.rows.batch(self.next * self.world_size + self.rank)
+        if rows.max() >= self.vocab_size:  # on a GPU it would only be a device-side assert
+            raise ValueError(f"a shard in {self.data_dir} holds token {rows.max()}, beyond the vocabulary of "
+                             f"{self.vocab_size}: {AGAIN}")
         self.next += 1
         targets = np.where(self.columns[1:] < real[:, None], rows[:, 1:], IGNORE)
         return torch.from_numpy(np.ascontiguousarray(rows[:, :-1])), torch.from_numpy(targets)
@@ -337,7 +344,8 @@ class DatasetWriter:
         self.out_dir, self.tokenizer, self.documents = Path(out_dir), tokenizer, documents
         self.shard_tokens, self.resume = shard_tokens, resume
         self.meta = {"format": META_FORMAT, "name": name, "tokenizer": tokenizer.to_json(),
-                     "documents": documents, "separator_id": tokenizer.separator_id, "prepare": prepare or {}}
+                     "documents": documents, "separator_id": tokenizer.separator_id,
+                     "vocab_size": tokenizer.vocab_size, "prepare": prepare or {}}
         self.folder = self.out_dir / (".partial" if resume else f".partial-{os.getpid()}")
         self.record = self.folder / "progress.json"
         self.consumed, self.writers = 0, {}

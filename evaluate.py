@@ -21,11 +21,12 @@ import checkpoint
 import runtime
 import tasks
 from configurator import load, run_script, setting
-from dataloader import Loader
+from dataloader import Loader, read_meta
 
 SUITES = {
     "val": lambda name: name.startswith("val_"),
     "test": lambda name: not name.startswith("val_"),
+    "all": lambda name: True,
 }
 
 
@@ -55,9 +56,10 @@ def problem_files(config: EvaluateConfig, data_dir: Path) -> dict[str, Path]:
     return {name: path for name, path in tasks.splits(data_dir, prefix="").items() if in_suite(name)}
 
 
-def validation_loader(data_dir: Path, train_config: dict) -> Loader:
-    """The batches that training evaluates on."""
-    batch_size, block_size, seed = (train_config[name] for name in ("batch_size", "block_size", "seed"))
+def validation_loader(data_dir: Path, saved: checkpoint.Checkpoint) -> Loader:
+    """The batches whose first `eval_iters` a run on one process evaluates on."""
+    checkpoint.require_vocabulary(saved, read_meta(data_dir))
+    batch_size, block_size, seed = (saved.train_config[name] for name in ("batch_size", "block_size", "seed"))
     return Loader(data_dir, "val", batch_size=batch_size, block_size=block_size, seed=seed + 1)
 
 
@@ -87,7 +89,7 @@ def main() -> None:
     since = time.perf_counter()
     loss = None
     if not config.problems:
-        loader = validation_loader(data_dir, saved.train_config)
+        loader = validation_loader(data_dir, saved)
         loss = tasks.mean_loss(model, loader, config.eval_iters, device, torch.float32)
         print(f"validation loss {loss:.4f} at step {saved.step}")
     attempts = {}

@@ -33,6 +33,14 @@ def make_optimizer(
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
 
 
+def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load a saved optimizer's moments; betas and weight decay stay as this optimizer was made with."""
+    settings = [{name: group[name] for name in ("betas", "weight_decay")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, kept in zip(optimizer.param_groups, settings):
+        group.update(kept)
+
+
 def cosine(step: int, warmup_iters: int, decay_iters: int, wsd_decay_iters: int) -> float:
     """Half a cosine from the end of warmup to `decay_iters`."""
     if step >= decay_iters:

@@ -67,14 +67,16 @@ def compile_model(
     """
     if setting == "false" or (setting == "auto" and device.type != "cuda"):
         return model
-    compiled = torch.compile(model)
     try:
+        compiled = torch.compile(model)
         trial(compiled)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0]
-        print(f"torch.compile does not work here, going on without it: {reason}", file=sys.stderr)
+    except RuntimeError as error:  # Dynamo's, Inductor's, and what torch.compile says on a platform without it
+        if os.environ.get("RANK", "0") == "0":
+            reason = str(error).strip().partition("\n")[0]
+            print(f"torch.compile does not work here, going on without it: {reason}", file=sys.stderr)
         torch._dynamo.reset()
-        return model
+        compiled = model
+    model.zero_grad(set_to_none=True)
     return compiled
 
 
@@ -99,18 +101,18 @@ class Processes:
         return total.item() / self.world_size
 
     def agree(self, choose: Callable[[], object]) -> object:
-        """What `choose()` says on the first process, on all of them; its ValueError likewise."""
+        """What `choose()` says on the first process, on all of them; what it raises there, likewise."""
         if self.world_size == 1:
             return choose()
-        answer: list = [None]
+        answer: list = [None, None]
         if self.is_main:
             try:
-                answer = [choose()]
-            except ValueError as error:
-                answer = [error]
+                answer[0] = choose()
+            except (ValueError, OSError, SystemExit) as error:
+                answer[1] = error
         dist.broadcast_object_list(answer, device=torch.device("cpu"))
-        if isinstance(answer[0], ValueError):
-            raise answer[0]
+        if answer[1] is not None:
+            raise answer[1]
         return answer[0]
 
     def wait(self) -> None:
@@ -119,7 +121,7 @@ class Processes:
 
     def close(self) -> None:
         self.wait()  # gloo aborts a process that leaves while another is still in a collective
-        if self.world_size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -85,7 +85,8 @@ def solve(model: GPT, tokenizer: Tokenizer, problems: list[Problem], batch_size:
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, loader: Loader, batches: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Mean cross-entropy in nats over the loader's first `batches`. The host waits for the device, once."""
+    """Mean cross-entropy in nats over the loader's first `batches`, each with the same weight, however much of it
+    is padding. The host waits for the device, once."""
     loader.reset()
     total = torch.zeros((), device=device)
     for _ in range(batches):

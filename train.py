@@ -15,11 +15,12 @@ import atexit
 import contextlib
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,13 +29,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import dataloader
+import optim
 import runtime
 import tasks
 import tokenizer as tokenizers
 from configurator import TrainConfig, load_with_files, pick, run_script, to_dict
 from dag_logger import DAGLogger
 from dag_model import GPT, GPTConfig
-from optim import learning_rate_at, make_optimizer
 
 ROOT = Path(__file__).parent
 
@@ -43,59 +44,71 @@ ROOT = Path(__file__).parent
 # The run folder
 
 
-def new_run_dir(config: TrainConfig, files: list[str]) -> Path:
-    """`out_dir`, or a fresh out/<config name>-NNN. Never a folder that holds a run: ValueError."""
+def numbered_runs(files: list[str]) -> tuple[str, dict[int, Path]]:
+    """out/<config name>, and its runs out/<config name>-NNN by their numbers."""
+    stem = str(Path("out") / (Path(files[-1]).stem if files else "train"))
+    names = {path: re.fullmatch(re.escape(stem) + r"-(\d{3,})", str(path)) for path in Path("out").glob("*-*")}
+    return stem, {int(match[1]): path for path, match in names.items() if match}
+
+
+def make_run_dir(config: TrainConfig, files: list[str]) -> Path:
+    """Makes `out_dir`, or a new out/<config name>-NNN. ValueError where there is a run already."""
     if not config.out_dir:
-        name = Path(files[-1]).stem if files else "train"
-        taken = [int(path.name[-3:]) for path in Path("out").glob(f"{name}-[0-9][0-9][0-9]")]
-        return Path("out") / f"{name}-{max(taken, default=0) + 1:03d}"
+        stem, runs = numbered_runs(files)
+        run_dir = Path(f"{stem}-{max(runs, default=0) + 1:03d}")
+        run_dir.mkdir(parents=True)  # an error where another run has just taken it
+        return run_dir
     run_dir = Path(config.out_dir)
-    if (run_dir / "config.json").exists():
+    if checkpoint.find(run_dir) or any((run_dir / name).exists() for name in ("config.json", "metrics.jsonl")):
         raise ValueError(
             f"{run_dir} already holds a run and is left as it is: continue it with --init_from=resume, "
             f"or name another --out_dir"
         )
+    run_dir.mkdir(parents=True, exist_ok=True)
     return run_dir
 
 
 def old_run_dir(config: TrainConfig, files: list[str]) -> Path:
     """The run to resume: `out_dir`, or the newest out/<config name>-NNN."""
     if config.out_dir:
+        if checkpoint.NAME.fullmatch(Path(config.out_dir).name):
+            raise ValueError(f"{config.out_dir} is a checkpoint: give its run, --out_dir={Path(config.out_dir).parent}")
         return Path(config.out_dir)
-    name = Path(files[-1]).stem if files else "train"
-    runs = sorted(Path("out").glob(f"{name}-[0-9][0-9][0-9]"))
+    stem, runs = numbered_runs(files)
     if not runs:
-        raise ValueError(f"nothing to resume: no run out/{name}-NNN here; name one with --out_dir=RUN")
-    return runs[-1]
+        raise ValueError(f"nothing to resume: no run {stem}-NNN here; name one with --out_dir=RUN")
+    return runs[max(runs)]
 
 
 def git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace"
+        )
     except FileNotFoundError:
         return None
     return done.stdout if done.returncode == 0 else None
 
 
-def write_run_files(run_dir: Path, config: TrainConfig, hardware: str) -> None:
-    """What is needed to understand and repeat the run."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+def write_run_files(run_dir: Path, config: TrainConfig, hardware: str, resumed_at: int | None) -> None:
+    """What is needed to understand and repeat the run; a resumed one gets files of its own for that part."""
+    part = "" if resumed_at is None else f"-{resumed_at:08d}"
+    (run_dir / f"config{part}.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     run = dict(command=[sys.executable, *sys.argv], commit=(git("rev-parse", "HEAD") or "").strip() or None)
     run |= dict(hardware=hardware, python=sys.version.split()[0], started=time.strftime("%Y-%m-%d %H:%M:%S"))
-    (run_dir / "run.json").write_text(json.dumps(run, indent=2) + "\n")
-    (run_dir / "changes.diff").write_text(git("diff", "HEAD") or "")
+    (run_dir / f"run{part}.json").write_text(json.dumps(run, indent=2) + "\n")
+    (run_dir / f"changes{part}.diff").write_text(git("diff", "HEAD") or "", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------
 # Data and model
 
 
-def prepare_data(config: TrainConfig, processes: runtime.Processes) -> Path:
+def prepared_data(config: TrainConfig) -> Path:
     """The dataset's folder; runs its prepare.py first where the data are missing."""
     data_dir = Path(config.data_dir) / config.dataset
     script = ROOT / "data" / config.dataset / "prepare.py"
-    if processes.is_main and not (data_dir / "meta.json").exists():
+    if not (data_dir / "meta.json").exists():
         if not script.exists():
             raise ValueError(
                 f"no dataset {data_dir}: prepare your own text with "
@@ -105,7 +118,6 @@ def prepare_data(config: TrainConfig, processes: runtime.Processes) -> Path:
         code = subprocess.run([sys.executable, str(script), f"--out_dir={data_dir}"]).returncode
         if code:
             raise SystemExit(code)  # the script has said what is wrong
-    processes.wait()
     return data_dir
 
 
@@ -118,16 +130,11 @@ def validation_problems(data_dir: Path, count: int) -> list[tasks.Problem]:
 def initial_model(config: TrainConfig, tokenizer, saved: checkpoint.Checkpoint | None) -> GPT:
     """The model to train: fresh, resumed from `saved`, or GPT-2's weights under a fresh DAG."""
     if saved is not None:
-        model = checkpoint.rebuild_model(saved)
+        model = checkpoint.rebuild_model(saved, dropout=config.dropout)
         asked = pick(config, GPTConfig, vocab_size=model.config.vocab_size)
         for name, value in asdict(model.config).items():
-            if name != "dropout" and getattr(asked, name) != value:
+            if getattr(asked, name) != value:
                 raise ValueError(f"{name}={getattr(asked, name)} does not fit the checkpoint, which has {value}")
-        if saved.tokenizer != tokenizer.to_json():
-            raise ValueError(
-                f"the vocabulary of dataset {config.dataset} is not the one the checkpoint was trained with: "
-                f"restore that dataset, or start a new run"
-            )
         return model
     if config.init_from == "scratch":
         return GPT(pick(config, GPTConfig, vocab_size=tokenizer.vocab_size))
@@ -166,7 +173,7 @@ class Display:
 
     def say(self, text: str = "") -> None:
         if self.is_main:
-            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.bar.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
             sys.stdout.flush()
 
     def close(self) -> None:
@@ -209,13 +216,14 @@ class StopFlag:
 
 def main() -> None:
     # ------------------------------------------------------------------------------ configuration
-    config, files = load_with_files(TrainConfig)
+    config, files = load_with_files(TrainConfig, check="--init_from=resume" not in sys.argv)
     saved = None
     if config.init_from == "resume":
         run_dir = old_run_dir(config, files)
         saved = checkpoint.load(run_dir, "last")
-        # the run's own settings, then the config files and flags of this command
-        config, files = load_with_files(TrainConfig, base=saved.train_config)
+        # the run's own settings, then the flags of this command; a config file here only names the run
+        flags = [argument for argument in sys.argv[1:] if argument.startswith("-")]
+        config, _ = load_with_files(TrainConfig, flags, base=saved.train_config)
 
     # -------------------------------------------------------------------------------------- setup
     if config.num_threads:
@@ -234,8 +242,10 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = True
 
     # --------------------------------------------------------------------------------------- data
-    data_dir = prepare_data(config, processes)
+    data_dir = processes.agree(lambda: prepared_data(config))
     meta = dataloader.read_meta(data_dir)
+    if saved is not None:
+        checkpoint.require_vocabulary(saved, meta)
     tokenizer = tokenizers.from_json(meta["tokenizer"])
 
     def loader(split: str, seed: int) -> dataloader.Loader:
@@ -250,6 +260,8 @@ def main() -> None:
 
     # -------------------------------------------------------------------------------------- model
     model = initial_model(config, tokenizer, saved).to(device)
+    shape = asdict(model.config)  # GPT-2's weights have a shape of their own: what is saved must name it
+    config = replace(config, **{name: value for name, value in shape.items() if hasattr(config, name)})
 
     def to_device(batch):
         if device.type != "cuda":
@@ -267,33 +279,36 @@ def main() -> None:
         network = DistributedDataParallel(compiled, device_ids=[device.index] if device.type == "cuda" else None)
 
     # ---------------------------------------------------------------------------------- optimizer
-    optimizer = make_optimizer(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    optimizer = optim.make_optimizer(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
     iteration, best_loss, stale, run_id = 0, math.inf, 0, None
     if saved is None:
         torch.manual_seed(config.seed + processes.rank)  # dropout differs between ranks from here on
-        run_dir = processes.agree(lambda: new_run_dir(config, files))
-        if processes.is_main:
-            write_run_files(run_dir, config, hardware)
+        run_dir = None if config.eval_only else processes.agree(lambda: make_run_dir(config, files))
     else:
-        optimizer.load_state_dict(saved.optimizer)
+        optim.restore(optimizer, saved.optimizer)
         train_loader.load_state_dict(saved.loader)
         iteration, best_loss = saved.step, saved.best_val_loss
         stale, run_id = saved.progress["stale"], saved.progress["wandb_run_id"]
         if processes.world_size == 1:
             checkpoint.restore_rng(saved.rng)
         else:
-            torch.manual_seed(config.seed + processes.rank + iteration)  # one rank's RNG was saved
+            # the saved state is rank 0's; another dropout from here on, not the same on two ranks or at two steps
+            torch.manual_seed(config.seed + processes.rank + 1_000_003 * (iteration + 1))
     resumed_at = iteration if saved else None
 
+    logger = None
+    if processes.is_main and not config.eval_only:
+        write_run_files(run_dir, config, hardware, resumed_at)
+        logger = DAGLogger(
+            run_dir, to_dict(config), wandb_log=config.wandb_log, project=config.wandb_project,
+            run_name=config.wandb_run_name or run_dir.name, mode=config.wandb_mode, run_id=run_id,
+            resume_step=resumed_at,
+        )  # fmt: skip
     display = Display(config.max_iters, iteration, processes.is_main)
-    logger = DAGLogger(
-        run_dir, to_dict(config), wandb_log=config.wandb_log, project=config.wandb_project,
-        run_name=config.wandb_run_name or run_dir.name, mode=config.wandb_mode, run_id=run_id,
-        resume_step=resumed_at,
-    ) if processes.is_main else None
     plain = "plain GPT" if model.dag is None else f"GPT with a DAG of depth {config.dag_depth}"
     display.say(f"{plain}, {model.num_parameters() / 1e6:.2f} M parameters, on {hardware}")
-    display.say(f"{meta['splits']['train']['tokens'] / 1e6:.1f} M training tokens in {data_dir}; run folder {run_dir}")
+    where = "" if config.eval_only else f"; run folder {run_dir}"
+    display.say(f"{meta['splits']['train']['tokens'] / 1e6:.1f} M training tokens in {data_dir}{where}")
 
     def evaluate() -> dict[str, float]:
         """Losses over the same batches every time, and problems; `logger` learns what the DAG does."""
@@ -309,7 +324,7 @@ def main() -> None:
                 scores["val/solved"] = sum(attempt.correct for attempt in attempts) / len(attempts)
                 display.say(f"  {scores['val/solved']:.1%} of {len(attempts)} validation problems solved")
                 show_problems(display, attempts)
-            if model.dag is not None:
+            if logger and model.dag is not None:
                 idx = eval_loaders["val"].next_batch()[0].to(device)
                 with runtime.autocast(device, dtype):
                     logger.dag_statistics(model.inspect(idx), model.dag.names)
@@ -329,6 +344,8 @@ def main() -> None:
 
     def require_finite(loss: float) -> None:
         if not math.isfinite(loss):
+            if logger:
+                logger.finish(exit_code=1)
             raise SystemExit(  # exit code 1
                 f"error: the loss is {loss} at step {iteration}; nothing of that was saved. Go on from the last "
                 f"good checkpoint with a lower --learning_rate or --grad_clip: "
@@ -355,9 +372,9 @@ def main() -> None:
                 break
             improved = scores["val/loss"] < best_loss
             best_loss, stale = min(scores["val/loss"], best_loss), 0 if improved else stale + 1
-            save("last")
             if improved:
-                save("best")
+                save("best")  # before "last", which says that there is one
+            save("last")
             since += time.perf_counter() - paused  # evaluation is not training time
 
         # stop test
@@ -368,12 +385,12 @@ def main() -> None:
             break
         if stop.raised(processes):
             display.say(f"asked to stop: saving at step {iteration}")
-            require_finite(loss_sum.item())
+            require_finite(processes.mean(loss_sum.item()))
             save("last")
             break
 
         # micro-steps
-        rate = learning_rate_at(
+        rate = optim.learning_rate_at(
             iteration, config.schedule, config.learning_rate, config.min_lr, config.warmup_iters,
             config.lr_decay_iters or config.max_iters, config.wsd_decay_iters or config.max_iters // 5,
         )
@@ -412,19 +429,20 @@ def main() -> None:
     if logger:
         logger.finish()
         start = min((problem.prompt for problem in problems), key=len, default="The ")
-        for line in closing_words(run_dir, start, iteration, best_loss):
-            print(line)
+        longer = f" --max_iters={2 * iteration}" if iteration >= config.max_iters else ""
+        print(f"checkpoints in {run_dir}: last at step {iteration}, best at validation loss {best_loss:.4f}. Try next:")
+        print(f'  python sample.py --out_dir={run_dir} --start="{start}"')
+        print(f"  python evaluate.py --out_dir={run_dir}")
+        print(f"  python train.py --init_from=resume --out_dir={run_dir}{longer}")
     processes.close()
 
 
-def closing_words(run_dir: Path, start: str, iteration: int, best_loss: float) -> list[str]:
-    return [
-        f"checkpoints in {run_dir}: last at step {iteration}, best at validation loss {best_loss:.4f}. Try next:",
-        f'  python sample.py --out_dir={run_dir} --start="{start}"',
-        f"  python evaluate.py --out_dir={run_dir}",
-        f"  python train.py --init_from=resume --out_dir={run_dir} --max_iters={2 * iteration}",
-    ]
+def run() -> None:
+    try:
+        main()
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"{error} Use a smaller --batch_size and as much more --gradient_accumulation_steps") from error
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(run)

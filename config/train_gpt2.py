@@ -1,6 +1,6 @@
 # GPT-2 124M on OpenWebText, with a DAG on it (--dag_depth=0 without).
 #
-#   python data/openwebtext/prepare.py                 needs a network, `datasets`, about 100 GB of disk
+#   python data/openwebtext/prepare.py                 needs a network, `datasets`, 18 GB of disk
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 #   python train.py config/train_gpt2.py               one GPU: the same batch, eight times as long
 #

@@ -309,6 +309,8 @@ def prepare(settings: Settings) -> dict:
     """Writes everything, meta.json last, and returns its content."""
     folder = Path(settings.out_dir) / "problems"
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.tsv"):
+        old.unlink()
     for name, problems in draw_problems(settings):
         lines = [f"{problem.prompt}\t{problem.answer}\n" for problem in problems]
         (folder / f"{name}.tsv").write_text("".join(lines), encoding="ascii")

@@ -1,5 +1,4 @@
-"""
-Checkpoints: the one place where they are saved, checked and loaded.
+"""Checkpoints: the one place where they are saved, checked and loaded.
 
     save(run_dir, "last", Checkpoint(step=500, model=model.state_dict(), ...))
     checkpoint = load(run_dir, "best")                                # or load(run_dir / "last-00000500")
@@ -61,8 +60,16 @@ class Checkpoint:
     written_by: str = ""  # set by load: versions of the code and of torch
 
 
-STATE_FIELDS = ("step", "model_config", "train_config", "tokenizer", "loader", "rng", "best_val_loss",
-                "progress")
+STATE_FIELDS = (
+    "step",
+    "model_config",
+    "train_config",
+    "tokenizer",
+    "loader",
+    "rng",
+    "best_val_loss",
+    "progress",
+)
 
 
 class DamagedCheckpoint(ValueError):
@@ -78,8 +85,7 @@ def say(line: str) -> None:
 
 
 def save(run_dir: str | Path, kind: str, checkpoint: Checkpoint, keep: int = 2) -> Path:
-    """
-    Save as RUN/<kind>-<step> and remove all but the newest `keep` of that kind. OSError where it cannot be
+    """Save as RUN/<kind>-<step> and remove all but the newest `keep` of that kind. OSError where it cannot be
     written; earlier checkpoints are then untouched.
 
     Those of a later step are removed too: they belong to a course that the run left when it went back to an
@@ -99,8 +105,10 @@ def save(run_dir: str | Path, kind: str, checkpoint: Checkpoint, keep: int = 2) 
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save turns the OSError of a full disk into a RuntimeError of its own
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"cannot save {final}: {reason}. Earlier checkpoints are untouched; free some space or "
-                      f"move the run to another disk, then go on with --init_from=resume") from error
+        raise OSError(
+            f"cannot save {final}: {reason}. Earlier checkpoints are untouched; free some space or "
+            f"move the run to another disk, then go on with --init_from=resume"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     prune(final, keep)
@@ -209,8 +217,7 @@ def find(run_dir: str | Path, kind: str | None = None) -> list[Path]:
 
 
 def load(path: str | Path, kind: str | None = None, with_optimizer: bool = True) -> Checkpoint:
-    """
-    Load a checkpoint folder, or the latest sound one of a run folder, preferably of `kind` ("best" to use the
+    """Load a checkpoint folder, or the latest sound one of a run folder, preferably of `kind` ("best" to use the
     model, None for the latest of all, to resume). Tensors are on the CPU. Without the optimizer, its state is
     {} and its file is neither read nor checked.
 
@@ -222,8 +229,10 @@ def load(path: str | Path, kind: str | None = None, with_optimizer: bool = True)
         return read(path, with_optimizer)
     candidates = find(path, kind)
     if not candidates:
-        raise FileNotFoundError(f"no checkpoint in {path}: train a model there first, or give the folder of "
-                                f"a run that has one as --out_dir")
+        raise FileNotFoundError(
+            f"no checkpoint in {path}: train a model there first, or give the folder of "
+            f"a run that has one as --out_dir"
+        )
     problems = []
     for candidate in candidates:
         try:
@@ -244,15 +253,22 @@ def read(folder: Path, with_optimizer: bool) -> Checkpoint:
     state = json.loads((folder / "state.json").read_text())
     written_by = f"code {state['code']} with torch {state['torch']}"
     if state["format"] != FORMAT:
-        raise ValueError(f"{folder} has checkpoint format {state['format']} and was written by {written_by}; "
-                         f"this code reads format {FORMAT}: check out that version")
+        raise ValueError(
+            f"{folder} has checkpoint format {state['format']} and was written by {written_by}; "
+            f"this code reads format {FORMAT}: check out that version"
+        )
     if state["best_val_loss"] is None:
         state["best_val_loss"] = math.inf
     optimizer = {}
     if with_optimizer:
         optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    return Checkpoint(model=load_weights(folder / "model.safetensors"), optimizer=optimizer, path=folder,
-                      written_by=written_by, **{name: state[name] for name in STATE_FIELDS})
+    return Checkpoint(
+        model=load_weights(folder / "model.safetensors"),
+        optimizer=optimizer,
+        path=folder,
+        written_by=written_by,
+        **{name: state[name] for name in STATE_FIELDS},
+    )
 
 
 def check_files(folder: Path, skip: tuple[str, ...]) -> None:
@@ -278,8 +294,7 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def rebuild_config(cls: type[T], saved: dict[str, Any], written_by: str = "another version of the code") -> T:
-    """
-    A config dataclass from what a checkpoint holds, where other code may have written it. A setting that was
+    """A config dataclass from what a checkpoint holds, where other code may have written it. A setting that was
     not known then takes its default. One that is not known now is dropped if it was off (False, 0, None,
     empty); otherwise the model would not be the one that was trained, and that is a ValueError.
     """
@@ -287,13 +302,17 @@ def rebuild_config(cls: type[T], saved: dict[str, Any], written_by: str = "anoth
     unknown = sorted(saved.keys() - known)
     in_use = [f"{name}={saved[name]!r}" for name in unknown if saved[name]]
     if in_use:
-        raise ValueError(f"the checkpoint was written by {written_by} and uses settings that this code "
-                         f"does not have: {', '.join(in_use)}; check out that version")
+        raise ValueError(
+            f"the checkpoint was written by {written_by} and uses settings that this code "
+            f"does not have: {', '.join(in_use)}; check out that version"
+        )
     missing = sorted(known - saved.keys())
     config = cls(**{name: saved[name] for name in known & saved.keys()})
     if missing:
-        say("settings that it does not name take their default: "
-            + ", ".join(f"{name}={getattr(config, name)!r}" for name in missing))
+        say(
+            "settings that it does not name take their default: "
+            + ", ".join(f"{name}={getattr(config, name)!r}" for name in missing)
+        )
     if unknown:
         say(f"settings that this code does not have were off in it: {', '.join(unknown)}")
     return config
@@ -306,8 +325,10 @@ def rebuild_model(checkpoint: Checkpoint, **overrides: Any) -> GPT:
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
-        raise ValueError(f"the weights were written by {checkpoint.written_by} and do not fit the model "
-                         f"of this code; check out that version: {error}") from error
+        raise ValueError(
+            f"the weights were written by {checkpoint.written_by} and do not fit the model "
+            f"of this code; check out that version: {error}"
+        ) from error
     return model
 
 
@@ -322,8 +343,10 @@ def load_model(
 def require_vocabulary(checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
     """ValueError unless the data set of this meta.json has the vocabulary that the model was trained with."""
     if checkpoint.tokenizer != meta["tokenizer"]:
-        raise ValueError(f"the vocabulary of the data set {meta['name']} is not the one the checkpoint was trained "
-                         f"with: prepare the data set again as it was, or train a new model on this one")
+        raise ValueError(
+            f"the vocabulary of the data set {meta['name']} is not the one the checkpoint was trained "
+            f"with: prepare the data set again as it was, or train a new model on this one"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -338,12 +361,13 @@ def generators() -> dict[str, Any]:
 
 
 def capture_rng() -> dict[str, str]:
-    """
-    State of PyTorch's generators, of the current CUDA device among them, as plain JSON. It is the state of
+    """State of PyTorch's generators, of the current CUDA device among them, as plain JSON. It is the state of
     this process: restored in every rank of a distributed run it would give them all the same dropout masks.
     """
-    return {name: base64.b64encode(module.get_rng_state().numpy().tobytes()).decode()
-            for name, module in generators().items()}
+    return {
+        name: base64.b64encode(module.get_rng_state().numpy().tobytes()).decode()
+        for name, module in generators().items()
+    }
 
 
 def restore_rng(state: dict[str, str]) -> None:

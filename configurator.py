@@ -1,5 +1,4 @@
-"""
-Typed settings for every script: defaults < config files < command line.
+"""Typed settings for every script: defaults < config files < command line.
 
     python train.py config/train_default.py --dag_depth=4 --max_iters=1e3
     python train.py config/train_default.py --help          # every key and the value in force
@@ -42,10 +41,16 @@ class ConfigError(ValueError):
 # declaring settings
 
 
-def setting(default: Any, meaning: str, *, choices: tuple = (), minimum: float | None = None,
-            below: float | None = None, section: str | None = None) -> Any:
-    """
-    A dataclass field with its meaning and legal values:
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    choices: tuple = (),
+    minimum: float | None = None,
+    below: float | None = None,
+    section: str | None = None,
+) -> Any:
+    """A dataclass field with its meaning and legal values:
 
         dropout: float = setting(0.0, "rate", minimum=0, below=1)
         num_threads: int | None = setting(None, "CPU threads", section="system")
@@ -61,14 +66,15 @@ def setting(default: Any, meaning: str, *, choices: tuple = (), minimum: float |
 @dataclass(frozen=True)
 class Setting:
     """What is known about one field of a settings class."""
+
     name: str
-    type: type           # int, float, bool or str
-    optional: bool       # None is legal, written "none"
+    type: type  # int, float, bool or str
+    optional: bool  # None is legal, written "none"
     default: Any
     meaning: str = ""
     choices: tuple = ()
     minimum: float | None = None
-    below: float | None = None   # exclusive upper bound
+    below: float | None = None  # exclusive upper bound
     section: str = ""
 
     @property
@@ -196,8 +202,11 @@ def run_file(path: str) -> dict[str, Any]:
         line = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"line {line[-1]}: " if line else ""
         raise ValueError(f"{where}{type(error).__name__}: {error}") from error
-    return {name: value for name, value in namespace.items()
-            if not (name.startswith("_") or isinstance(value, types.ModuleType) or callable(value))}
+    return {
+        name: value
+        for name, value in namespace.items()
+        if not (name.startswith("_") or isinstance(value, types.ModuleType) or callable(value))
+    }
 
 
 def split_flag(argument: str) -> tuple[str, str]:
@@ -210,8 +219,7 @@ def split_flag(argument: str) -> tuple[str, str]:
 def parse(
     cls: type[T], argv: list[str], base: dict[str, Any] | None = None, check: bool = True
 ) -> tuple[T, list[str]]:
-    """
-    Settings, and the config files they came from. Raises ConfigError; `--help` prints and exits 0.
+    """Settings, and the config files they came from. Raises ConfigError; `--help` prints and exits 0.
 
     `base` stands in for the defaults: what a saved run was made with. Names in it that are no longer settings
     are passed over. `check=False` leaves out the class's own `check`, for a first look at a few settings.
@@ -260,6 +268,7 @@ def load(cls: type[T], argv: list[str] | None = None) -> T:
 
 def help_text(config: Any) -> str:
     """A table of settings: key, value in force, type, meaning, choices, and the default where it differs."""
+
     def show(value: Any) -> str:
         return {None: "none", "": "''"}.get(value, str(value))
 
@@ -267,10 +276,15 @@ def help_text(config: Any) -> str:
     rows = [(name, show(getattr(config, name)), item.type_name) for name, item in settings.items()]
     widths = [max(map(len, column)) for column in zip(*rows)]
     indent = sum(widths) + 8
-    wrap = textwrap.TextWrapper(width=max(indent + 40, shutil.get_terminal_size((120, 0)).columns),
-                                subsequent_indent=" " * indent, break_on_hyphens=False)
-    lines = [f"usage: python {Path(sys.argv[0]).name} [CONFIG.py ...] [--key=value ...] [--help]",
-             "Later config files win over earlier ones, flags over files. TRACEBACK=1 prints tracebacks."]
+    wrap = textwrap.TextWrapper(
+        width=max(indent + 40, shutil.get_terminal_size((120, 0)).columns),
+        subsequent_indent=" " * indent,
+        break_on_hyphens=False,
+    )
+    lines = [
+        f"usage: python {Path(sys.argv[0]).name} [CONFIG.py ...] [--key=value ...] [--help]",
+        "Later config files win over earlier ones, flags over files. TRACEBACK=1 prints tracebacks.",
+    ]
     for row, item in zip(rows, settings.values()):
         if item.section:
             lines += ["", item.section]
@@ -307,8 +321,7 @@ def report(error: BaseException) -> NoReturn:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """
-    Call `main`; what a user can mend (ValueError, OSError, a missing package) is one line and exit code 2.
+    """Call `main`; what a user can mend (ValueError, OSError, a missing package) is one line and exit code 2.
     TRACEBACK=1 in the environment prints the traceback above that line.
     """
     try:
@@ -329,8 +342,11 @@ def run_script(main: Callable[[], None]) -> None:
 @dataclass(frozen=True)
 class TrainConfig:
     out_dir: str = setting("", "run folder; empty makes a new one, out/<config name>-NNN", section="run")
-    init_from: str = setting("scratch", "what to start from",
-                             choices=("scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))
+    init_from: str = setting(
+        "scratch",
+        "what to start from",
+        choices=("scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
+    )
     seed: int = setting(1337, "of weights, dropout and the order of the data", minimum=0, below=10**9)
     eval_only: bool = setting(False, "evaluate once and stop")
 
@@ -349,11 +365,14 @@ class TrainConfig:
     dag_depth: int = setting(4, "steps of the computation; 0 is the plain GPT", minimum=0, section="dag")
     dag_inputs: str = setting("token", "where input values come from", choices=("token", "sequence"))
     dag_values: str = setting("learned", "how input values are read", choices=("learned",))
-    dag_plan: str = setting("straight_through", "how operands and operations are chosen",
-                            choices=("soft", "straight_through"))
+    dag_plan: str = setting(
+        "straight_through", "how operands and operations are chosen", choices=("soft", "straight_through")
+    )
     dag_fold: str = setting("value", "how the result returns to the hidden state", choices=("value",))
     dag_ops: str = setting("all", "operations by name, separated by commas, or all")
-    dag_context: str = setting("linear", "what values and plans are read from", choices=("linear", "attention"))
+    dag_context: str = setting(
+        "linear", "what values and plans are read from", choices=("linear", "attention")
+    )
     dag_post_block: bool = setting(False, "a transformer block between the result and the fold")
     dag_gate: bool = setting(True, "a learned gate on the fold")
 

@@ -134,9 +134,15 @@ class DAGLogger:
         if mode == "online" and not wandb.login(timeout=LOGIN_TIMEOUT, verify=False):
             raise ValueError("not logged in; run `wandb login`, or use --wandb_mode=offline")
         self.run = wandb.init(
-            project=project, name=run_name or None, config=config, mode=mode, dir=self.path.parent,
-            id=self.run_id, resume="allow" if self.run_id else None, settings=WANDB_SETTINGS,
-        )  # fmt: skip
+            project=project,
+            name=run_name or None,
+            config=config,
+            mode=mode,
+            dir=self.path.parent,
+            id=self.run_id,
+            resume="allow" if self.run_id else None,
+            settings=WANDB_SETTINGS,
+        )
         self.run_id = self.run.id
         sync = f"offline; send it with `wandb sync {Path(self.run.dir).parent}`"
         print("W&B:", sync if mode == "offline" else self.run.url)

@@ -253,7 +253,7 @@ class LearnedValues(nn.Module):
     would never learn.
     """
 
-    scale = 10.0  # what a unit of the linear map is worth, so that a fresh model already spreads over integers
+    scale = 10.0  # a unit of the linear map: a fresh model's values already spread over several integers
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -372,16 +372,16 @@ def execute(plan: Plan, values: torch.Tensor, names: list[str]) -> tuple[torch.T
     result_validity = results
     # unbound once: indexing inside the loop would make autograd fill a whole (B, T, D, 2, D) for every step
     steps = zip(*(part.unbind(2) for part in (taken, taken_validity, from_results, plan.operation)))
-    for step, (operands, have, from_results, operation) in enumerate(steps):  # (B, T, 2) twice, (B, T, 2, D), ...
-        from_results = from_results[..., :step]
+    for step, (operands, have, from_results, operation) in enumerate(steps):
+        from_results = from_results[..., :step]  # (B, T, 2, step)
         a, b = (operands + Mix.apply(from_results, results)).unbind(-1)  # (B, T)
         result, applicable = Step.apply(operation, a, b, names)
         with torch.no_grad():
             have = have + (from_results * result_validity).sum(-1)
-            have_a, have_b = have[..., None].unbind(-2)  # (B, T, 1)
-            # unary operations do not look at b
-            have_b = torch.cat([have_b if OPERATIONS[name].binary else have_b.new_ones(B, T, 1) for name in names], -1)
-            valid = (operation * applicable * have_a * have_b).sum(-1).clamp(max=1.0)  # rounding would double a step
+            have_a, have_b = have.unbind(-1)  # (B, T)
+            needed = [have_a * have_b if OPERATIONS[name].binary else have_a for name in names]
+            valid = (operation * applicable * torch.stack(needed, dim=-1)).sum(-1)
+            valid = valid.clamp(max=1.0)  # rounding errors above 1 would double with every step
         results = torch.cat([results, result.masked_fill(valid == 0, 0.0)[..., None, None]], dim=-1)
         result_validity = torch.cat([result_validity, valid[..., None, None]], dim=-1)
     return (
@@ -486,13 +486,15 @@ class GPT(nn.Module):
             if name.endswith("dag_scale"):
                 nn.init.constant_(parameter, 0.2)
 
-    def hidden_states(self, idx: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, DAGState | None]:
+    def hidden_states(
+        self, idx: torch.Tensor, cache: Cache | None = None
+    ) -> tuple[torch.Tensor, DAGState | None]:
         """Tokens (B, T) -> hidden states (B, T, C) as the head sees them, and the DAG's state (None without).
 
         With a cache, `idx` holds only the tokens after those the cache has; call `cache.commit()` afterwards.
         """
         if cache is None:
-            assert idx.size(1) <= self.config.block_size, f"{idx.size(1)} tokens, block_size {self.config.block_size}"
+            assert idx.size(1) <= self.config.block_size, f"{idx.size(1)} tokens do not fit the context"
             positions = torch.arange(idx.size(1), device=idx.device)
         else:
             positions = cache.begin(idx.size(1))
@@ -548,7 +550,7 @@ class GPT(nn.Module):
             try:
                 from transformers import GPT2LMHeadModel
             except ImportError:
-                raise ValueError(f"init_from={source} needs Hugging Face's package: pip install transformers") from None
+                raise ValueError(f"{source} needs Hugging Face's package: pip install transformers") from None
             source = GPT2LMHeadModel.from_pretrained(source)
         theirs = source.config
         model = cls(

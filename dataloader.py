@@ -1,5 +1,4 @@
-"""
-Token data sets on disk, and the batches a model is trained on.
+"""Token data sets on disk, and the batches a model is trained on.
 
 A data set is a folder of shards, `train_000000.bin`, `val_000000.bin`, ..., and a `meta.json`. A shard is as
 in llm.c and modded-nanogpt: 256 little-endian int32 (magic, version, number of tokens, zeros), then the
@@ -70,8 +69,7 @@ def open_shard(path) -> np.memmap:
 
 
 class TokenArray:
-    """
-    The shards of a split as one long array.
+    """The shards of a split as one long array.
 
     Shards are mapped anew for every use: pages read through a lasting map stay in resident memory, which
     would grow over a run to the size of the data set.
@@ -107,7 +105,7 @@ class TokenArray:
         for i, end in enumerate(self.ends):
             shard, offset = self.shard(i), end - self.counts[i]
             for start in range(0, len(shard), SCAN_TOKENS):
-                found.append(np.flatnonzero(shard[start:start + SCAN_TOKENS] == token) + (offset + start))
+                found.append(np.flatnonzero(shard[start : start + SCAN_TOKENS] == token) + (offset + start))
         return np.concatenate(found)
 
 
@@ -121,8 +119,10 @@ class WindowRows:
 
     def __init__(self, tokens: TokenArray, *, batch_size: int, block_size: int, seed: int, shuffle: bool):
         if len(tokens) < block_size + 1:
-            raise ValueError(f"{len(tokens)} tokens are too few for rows of block_size={block_size}: lower "
-                             f"--block_size, or prepare a longer text")
+            raise ValueError(
+                f"{len(tokens)} tokens are too few for rows of block_size={block_size}: lower "
+                f"--block_size, or prepare a longer text"
+            )
         self.tokens, self.batch_size, self.block_size = tokens, batch_size, block_size
         self.seed, self.shuffle = seed, shuffle
         self.columns = np.arange(block_size + 1)
@@ -137,15 +137,22 @@ class WindowRows:
 
 
 class DocumentRows:
-    """
-    Rows of whole documents, as many as fit into T + 1 tokens, and padding.
+    """Rows of whole documents, as many as fit into T + 1 tokens, and padding.
 
     Every epoch shuffles the documents and fills rows in that order; a row ends before the first document that
     does not fit. Batches are taken from the rows of all epochs, one after another.
     """
 
-    def __init__(self, tokens: TokenArray, separator_id: int, *, batch_size: int, block_size: int, seed: int,
-                 shuffle: bool):
+    def __init__(
+        self,
+        tokens: TokenArray,
+        separator_id: int,
+        *,
+        batch_size: int,
+        block_size: int,
+        seed: int,
+        shuffle: bool,
+    ):
         ends = tokens.positions_of(separator_id) + 1
         if not np.isin(tokens.ends, ends).all():
             raise ValueError(f"a shard in {tokens.paths[0].parent} ends within a document: {AGAIN}")
@@ -153,15 +160,19 @@ class DocumentRows:
         self.lengths = ends - self.starts
         at, longest = self.lengths.argmax(), self.lengths.max()
         if longest > block_size + 1:
-            raise ValueError(f"document {at} has {longest} tokens, too many for a row of "
-                             f"block_size={block_size}: raise --block_size to {longest - 1}")
+            raise ValueError(
+                f"document {at} has {longest} tokens, too many for a row of "
+                f"block_size={block_size}: raise --block_size to {longest - 1}"
+            )
         self.tokens, self.separator_id = tokens, separator_id
         self.batch_size, self.capacity = batch_size, block_size + 1
         self.seed, self.shuffle = seed, shuffle
         self._open_epoch(0, first_row=0)
         if self.n_rows < batch_size:
-            raise ValueError(f"{len(ends)} documents fill {self.n_rows} rows of block_size={block_size}, not "
-                             f"batch_size={batch_size}: lower --batch_size, or prepare more documents")
+            raise ValueError(
+                f"{len(ends)} documents fill {self.n_rows} rows of block_size={block_size}, not "
+                f"batch_size={batch_size}: lower --batch_size, or prepare more documents"
+            )
 
     def _open_epoch(self, epoch: int, first_row: int):
         n = len(self.lengths)
@@ -184,8 +195,8 @@ class DocumentRows:
             self._open_epoch(0, first_row=0)
         while row >= self.first_row + self.n_rows:
             self._open_epoch(self.epoch + 1, self.first_row + self.n_rows)
-        bounds = self.bounds[row - self.first_row:][:limit + 1]
-        documents = self.order[bounds[0]:bounds[-1]]
+        bounds = self.bounds[row - self.first_row :][: limit + 1]
+        documents = self.order[bounds[0] : bounds[-1]]
         return documents, np.add.reduceat(self.lengths[documents], bounds[:-1] - bounds[0])
 
     def batch(self, g: int) -> tuple[np.ndarray, np.ndarray]:
@@ -203,40 +214,60 @@ class DocumentRows:
 
 
 class Loader:
-    """
-    Batches of one split, for one of `world_size` processes.
+    """Batches of one split, for one of `world_size` processes.
 
     Batch k of process r is micro-batch k * world_size + r: N processes see in one step what one process sees
     in N accumulation steps. `state_dict()` is plain JSON, the same for all processes, and resumes exactly,
     with another number of processes too.
     """
 
-    def __init__(self, data_dir, split: str, *, batch_size: int, block_size: int, seed: int,
-                 rank: int = 0, world_size: int = 1, shuffle: bool = True):
+    def __init__(
+        self,
+        data_dir,
+        split: str,
+        *,
+        batch_size: int,
+        block_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+    ):
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         meta = read_meta(data_dir)
         if split not in meta["splits"]:
             raise ValueError(f"{data_dir} has no split {split!r}, only {', '.join(meta['splits'])}")
         tokens = TokenArray([Path(data_dir) / name for name in meta["splits"][split]["shards"]])
         if len(tokens) != meta["splits"][split]["tokens"]:
-            raise ValueError(f"the {split} shards in {data_dir} hold {len(tokens)} tokens, meta.json says "
-                             f"{meta['splits'][split]['tokens']}: {AGAIN}")
+            raise ValueError(
+                f"the {split} shards in {data_dir} hold {len(tokens)} tokens, meta.json says "
+                f"{meta['splits'][split]['tokens']}: {AGAIN}"
+            )
         self.data_dir, self.vocab_size = data_dir, meta["vocab_size"]
         sizes = dict(batch_size=batch_size, block_size=block_size, seed=seed, shuffle=shuffle)
-        self.rows = (DocumentRows(tokens, meta["separator_id"], **sizes) if meta["documents"]
-                     else WindowRows(tokens, **sizes))
+        self.rows = (
+            DocumentRows(tokens, meta["separator_id"], **sizes)
+            if meta["documents"]
+            else WindowRows(tokens, **sizes)
+        )
         self.columns = np.arange(block_size + 1)
         self.rank, self.world_size, self.next = rank, world_size, 0
         content = "".join(meta["splits"][split]["sha256"])
-        self.identity = dict(data=hashlib.sha256(content.encode()).hexdigest()[:16], split=split,
-                             documents=meta["documents"], **sizes)
+        self.identity = dict(
+            data=hashlib.sha256(content.encode()).hexdigest()[:16],
+            split=split,
+            documents=meta["documents"],
+            **sizes,
+        )
 
     def next_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """-> x, y: int64 (B, T) on the CPU"""
         rows, real = self.rows.batch(self.next * self.world_size + self.rank)
         if rows.max() >= self.vocab_size:  # on a GPU it would only be a device-side assert
-            raise ValueError(f"a shard in {self.data_dir} holds token {rows.max()}, beyond the vocabulary of "
-                             f"{self.vocab_size}: {AGAIN}")
+            raise ValueError(
+                f"a shard in {self.data_dir} holds token {rows.max()}, beyond the vocabulary of "
+                f"{self.vocab_size}: {AGAIN}"
+            )
         self.next += 1
         targets = np.where(self.columns[1:] < real[:, None], rows[:, 1:], IGNORE)
         return torch.from_numpy(np.ascontiguousarray(rows[:, :-1])), torch.from_numpy(targets)
@@ -251,12 +282,16 @@ class Loader:
     def load_state_dict(self, state: dict):
         for key, now in self.identity.items():
             if state.get(key) != now:
-                raise ValueError(f"the run read its data with {key}={state.get(key)}, now it is {key}={now}: "
-                                 f"resume with the data and the settings it began with")
+                raise ValueError(
+                    f"the run read its data with {key}={state.get(key)}, now it is {key}={now}: "
+                    f"resume with the data and the settings it began with"
+                )
         self.next, remainder = divmod(state["micro_batches"], self.world_size)
         if remainder:
-            raise ValueError(f"the run has read {state['micro_batches']} micro-batches, which "
-                             f"{self.world_size} processes cannot share: resume with a number that divides it")
+            raise ValueError(
+                f"the run has read {state['micro_batches']} micro-batches, which "
+                f"{self.world_size} processes cannot share: resume with a number that divides it"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -264,17 +299,17 @@ class Loader:
 
 
 class ShardWriter:
-    """
-    Appends pieces, documents or stretches of a stream, to the shards of one split. No piece is cut: a shard
+    """Appends pieces, documents or stretches of a stream, to the shards of one split. No piece is cut: a shard
     ends before the piece that would make it longer than `shard_tokens`.
 
     `progress` says what is written; a writer made from the progress of another goes on from there.
     """
 
-    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int,
-                 progress: dict | None = None):
+    def __init__(
+        self, folder: Path, split: str, vocab_size: int, shard_tokens: int, progress: dict | None = None
+    ):
         self.folder, self.split, self.vocab_size, self.shard_tokens = folder, split, vocab_size, shard_tokens
-        self.version = 1 if vocab_size <= 2 ** 16 else 2
+        self.version = 1 if vocab_size <= 2**16 else 2
         self.dtype = TOKEN_TYPES[self.version]
         self.progress = progress or {"shards": [], "tokens": 0, "documents": 0, "sha256": [], "unfinished": 0}
         self.buffer, self.buffered, self.file = [], 0, None
@@ -332,20 +367,34 @@ class ShardWriter:
 
 
 class DatasetWriter:
-    """
-    Writes a data set in a hidden folder, and moves it into `out_dir` when it is whole.
+    """Writes a data set in a hidden folder, and moves it into `out_dir` when it is whole.
 
     With `resume` the progress is recorded after every shard. After an interruption a writer with the same
     arguments goes on: skip the first `consumed` pieces and add the others, and the result is the same.
     """
 
-    def __init__(self, out_dir, name: str, tokenizer, *, documents: bool, shard_tokens: int = 100_000_000,
-                 prepare: dict | None = None, resume: bool = False):
+    def __init__(
+        self,
+        out_dir,
+        name: str,
+        tokenizer,
+        *,
+        documents: bool,
+        shard_tokens: int = 100_000_000,
+        prepare: dict | None = None,
+        resume: bool = False,
+    ):
         self.out_dir, self.tokenizer, self.documents = Path(out_dir), tokenizer, documents
         self.shard_tokens, self.resume = shard_tokens, resume
-        self.meta = {"format": META_FORMAT, "name": name, "tokenizer": tokenizer.to_json(),
-                     "documents": documents, "separator_id": tokenizer.separator_id,
-                     "vocab_size": tokenizer.vocab_size, "prepare": prepare or {}}
+        self.meta = {
+            "format": META_FORMAT,
+            "name": name,
+            "tokenizer": tokenizer.to_json(),
+            "documents": documents,
+            "separator_id": tokenizer.separator_id,
+            "vocab_size": tokenizer.vocab_size,
+            "prepare": prepare or {},
+        }
         self.folder = self.out_dir / (".partial" if resume else f".partial-{os.getpid()}")
         self.record = self.folder / "progress.json"
         self.consumed, self.writers = 0, {}
@@ -354,8 +403,10 @@ class DatasetWriter:
 
     def _go_on(self, record: dict):
         if record["meta"] != self.meta:
-            raise ValueError(f"{self.folder} holds an unfinished data set of other settings: finish it with "
-                             f"those, or delete the folder")
+            raise ValueError(
+                f"{self.folder} holds an unfinished data set of other settings: finish it with "
+                f"those, or delete the folder"
+            )
         self.consumed = record["consumed"]
         self.writers = {split: self._writer(split, progress) for split, progress in record["splits"].items()}
 
@@ -417,16 +468,23 @@ class DatasetWriter:
                 self.out_dir.rmdir()
 
 
-def write_dataset(out_dir, name: str, tokenizer, splits: dict, documents: bool,
-                  shard_tokens: int = 100_000_000, prepare: dict | None = None) -> dict:
-    """
-    Write a data set from {"train": texts or arrays of token ids, ...}; -> its meta
+def write_dataset(
+    out_dir,
+    name: str,
+    tokenizer,
+    splits: dict,
+    documents: bool,
+    shard_tokens: int = 100_000_000,
+    prepare: dict | None = None,
+) -> dict:
+    """Write a data set from {"train": texts or arrays of token ids, ...}; -> its meta
 
     With `documents` each of them is a document, and the separator is put behind it; otherwise they are pieces
     of a stream, written as they are. A data set that was in `out_dir` stays until the new one is whole.
     """
-    writer = DatasetWriter(out_dir, name, tokenizer, documents=documents, shard_tokens=shard_tokens,
-                           prepare=prepare)
+    writer = DatasetWriter(
+        out_dir, name, tokenizer, documents=documents, shard_tokens=shard_tokens, prepare=prepare
+    )
     try:
         for split, pieces in splits.items():
             for piece in pieces:
@@ -440,8 +498,9 @@ def write_dataset(out_dir, name: str, tokenizer, splits: dict, documents: bool,
 def summary(meta: dict) -> str:
     """The sizes of the splits, for people."""
     documents = " in {documents:,} documents" if meta["documents"] else ""
-    return ", ".join(f"{split} {{tokens:,}} tokens{documents}".format(**info)
-                     for split, info in meta["splits"].items())
+    return ", ".join(
+        f"{split} {{tokens:,}} tokens{documents}".format(**info) for split, info in meta["splits"].items()
+    )
 
 
 def write_json(value, path: Path):

@@ -1,5 +1,4 @@
-"""
-Generate text from a trained model: key-value cache, prompts of any lengths in one batch, seeded sampling.
+"""Generate text from a trained model: key-value cache, prompts of any lengths in one batch, seeded sampling.
 
     prompts = [tokenizer.encode("12+7*3="), tokenizer.encode("5-")]
     tokens = generate(model, prompts, 16, temperature=0, stop=[[tokenizer.separator_id]])
@@ -37,8 +36,7 @@ def generate(
     cached: bool = True,
     on_token: Callable[[int, int], bool | None] | None = None,
 ) -> list[list[int]]:
-    """
-    The new tokens of every prompt; a stop sequence that ended a row is among them, its last.
+    """The new tokens of every prompt; a stop sequence that ended a row is among them, its last.
 
     temperature: 0 is greedy. top_k, top_p: choose among the k most likely tokens, among the fewest tokens
     that together have probability p; with both, k cuts first. stop: token sequences that end the row that
@@ -65,7 +63,7 @@ def generate(
             rows = sorted(running)  # the batch until the next time here; rows that end meanwhile idle
             for row in rows:
                 if len(contexts[row]) > block_size:
-                    contexts[row] = contexts[row][-max(block_size // 2, 1):]
+                    contexts[row] = contexts[row][-max(block_size // 2, 1) :]
             cache = Cache(len(rows), block_size, device) if cached else None
             logits = read(model, [contexts[row] for row in rows], cache)
             draws = uniform[rows]
@@ -76,7 +74,7 @@ def generate(
             contexts[row].append(token)
             written[row].append(token)
             told_to = on_token is not None and on_token(row, token)
-            if told_to or any(written[row][-len(ending):] == ending for ending in endings):
+            if told_to or any(written[row][-len(ending) :] == ending for ending in endings):
                 running.remove(row)
     return written
 
@@ -129,8 +127,7 @@ def advance(model: GPT, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
 def choose(
     logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> torch.Tensor:
-    """
-    Next tokens (B,) from logits (B, vocab_size) and `uniform` (B, 1), in [0, 1).
+    """Next tokens (B,) from logits (B, vocab_size) and `uniform` (B, 1), in [0, 1).
 
     Sampling inverts the cumulative distribution of the tokens in order of probability: one number a token.
     """

@@ -1,5 +1,4 @@
-"""
-Score a trained model: its loss on the validation text, and the share of problems that it solves.
+"""Score a trained model: its loss on the validation text, and the share of problems that it solves.
 
     python evaluate.py --out_dir=out/train_default-001                 # validation problems of its data set
     python evaluate.py --out_dir=out/train_default-001 --suite=test    # longer and more numbers, other words
@@ -34,9 +33,13 @@ SUITES = {
 class EvaluateConfig:
     out_dir: str = setting("", "run folder of the model", section="model")
     checkpoint: str = setting("best", "which of its checkpoints", choices=("best", "last"))
-    suite: str = setting("val", "problems of the run's data set: val like those in training; test also "
-                                "longer and more numbers, other words",
-                         choices=tuple(SUITES), section="problems")
+    suite: str = setting(
+        "val",
+        "problems of the run's data set: val like those in training; test also "
+        "longer and more numbers, other words",
+        choices=tuple(SUITES),
+        section="problems",
+    )
     problems: str = setting("", "a file of problems to score instead")
     batch_size: int = setting(64, "problems attempted together", minimum=1)
     eval_iters: int = setting(50, "batches of the validation text for the loss", minimum=1)
@@ -72,10 +75,10 @@ def show_failures(attempts: list[tasks.Attempt], count: int = 10) -> None:
     failed = [attempt for attempt in attempts if not attempt.correct]
     if not failed:
         return
-    shown = failed[::-(-len(failed) // count)]
+    shown = failed[:: -(-len(failed) // count)]
     print(f"\n{len(shown)} of {len(failed)} failures:")
     for attempt in shown:
-        print(f"  {attempt.prompt}{attempt.output}  (right is {attempt.answer})")
+        print(f"  {attempt.prompt}{attempt.output or '[nothing]'}  (right is {attempt.answer})")
 
 
 def main() -> None:

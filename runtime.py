@@ -70,7 +70,9 @@ def compile_model(
     try:
         compiled = torch.compile(model)
         trial(compiled)
-    except RuntimeError as error:  # Dynamo's, Inductor's, and what torch.compile says on a platform without it
+    except (
+        RuntimeError
+    ) as error:  # Dynamo's, Inductor's, and what torch.compile says on a platform without it
         if os.environ.get("RANK", "0") == "0":
             reason = str(error).strip().partition("\n")[0]
             print(f"torch.compile does not work here, going on without it: {reason}", file=sys.stderr)
@@ -142,7 +144,9 @@ def start_processes(device_name: str) -> tuple[Processes, torch.device]:
 
 def describe(device: torch.device, dtype: torch.dtype, processes: Processes) -> str:
     """The hardware in words, for logs and reports."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+    )
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     count = f"{processes.world_size} x " if processes.world_size > 1 else ""
     return f"{count}{name}{threads}, {str(dtype).removeprefix('torch.')}, PyTorch {torch.__version__}"

@@ -1,5 +1,4 @@
-"""
-Generate text with a trained model and look at it.
+"""Generate text with a trained model and look at it.
 
     python sample.py --out_dir=out/train_default-001 --start="12+7*3="
     python sample.py --out_dir=out/train_default-001 --start=FILE:prompt.txt --num_samples=5 --temperature=0.8
@@ -29,20 +28,31 @@ FILE = "FILE:"
 class SampleConfig:
     out_dir: str = setting("", "run folder to sample from", section="model")
     checkpoint: str = setting("best", "which of its checkpoints", choices=("best", "last"))
-    init_from: str = setting("resume", "resume is the run in out_dir",
-                             choices=("resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))
-    start: str = setting("", "prompt, or FILE:prompt.txt, of which a final newline is left out; "
-                             "empty begins a document", section="text")
+    init_from: str = setting(
+        "resume",
+        "resume is the run in out_dir",
+        choices=("resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
+    )
+    start: str = setting(
+        "",
+        "prompt, or FILE:prompt.txt, of which a final newline is left out; empty begins a document",
+        section="text",
+    )
     num_samples: int = setting(1, "samples, written as one batch", minimum=1)
     max_new_tokens: int = setting(200, "tokens per sample at most", minimum=1)
-    stop: str | None = setting(None, "text that ends a sample and is not shown; empty is nothing, none is "
-                                     "the end of the document where the model was trained on documents")
-    temperature: float = setting(0.8, "0 is greedy, 1 is the model's own distribution", minimum=0,
-                                 section="sampling")
+    stop: str | None = setting(
+        None,
+        "text that ends a sample and is not shown; empty is nothing, none is "
+        "the end of the document where the model was trained on documents",
+    )
+    temperature: float = setting(
+        0.8, "0 is greedy, 1 is the model's own distribution", minimum=0, section="sampling"
+    )
     top_k: int | None = setting(None, "choose among the k most likely tokens", minimum=1)
     top_p: float | None = setting(None, "choose among the fewest tokens with this probability together")
-    seed: int | None = setting(1337, "of the first sample, the next has seed + 1; none is new every time",
-                               minimum=0)
+    seed: int | None = setting(
+        1337, "of the first sample, the next has seed + 1; none is new every time", minimum=0
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", section="system")
     dtype: str = setting("float32", "of matrix products", choices=("float32", "bfloat16"))
 
@@ -65,7 +75,7 @@ class Sample:
         self.text += self.decoder.decode(self.tokenizer.token_bytes(token))
         if not self.stop or self.stop not in self.text:
             return False
-        self.text = self.text[:self.text.index(self.stop)]
+        self.text = self.text[: self.text.index(self.stop)]
         return True
 
     def show(self, final: bool = False) -> None:
@@ -75,7 +85,7 @@ class Sample:
             self.text += self.decoder.decode(b"", final=True)
         else:
             held = max((n for n in range(len(self.stop)) if self.text.endswith(self.stop[:n])), default=0)
-        new = self.text[self.shown:len(self.text) - held]
+        new = self.text[self.shown : len(self.text) - held]
         print(new, end="\n" if final else "", flush=True)
         self.shown += len(new)
 
@@ -118,8 +128,14 @@ def main() -> None:
     print(start, end="", flush=True)
     with runtime.autocast(device, runtime.resolve_dtype(config.dtype, device)):
         generate(
-            model, [prompt] * config.num_samples, config.max_new_tokens, temperature=config.temperature,
-            top_k=config.top_k, top_p=config.top_p, seed=config.seed, on_token=on_token,
+            model,
+            [prompt] * config.num_samples,
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seed=config.seed,
+            on_token=on_token,
         )
     samples[0].show(final=True)
     for sample in samples[1:]:

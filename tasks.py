@@ -1,5 +1,4 @@
-"""
-How good a model is: its loss on held-out text, and its attempts at problems with one right answer.
+"""How good a model is: its loss on held-out text, and its attempts at problems with one right answer.
 
 A file of problems has a line for each, `prompt<TAB>answer`; a blank at the end of a prompt counts:
 
@@ -9,7 +8,7 @@ A file of problems has a line for each, `prompt<TAB>answer`; a blank at the end 
 A model attempts one by continuing the prompt greedily up to the document separator.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,8 +56,7 @@ def read_problems(path: str | Path) -> list[Problem]:
 
 
 def splits(data_dir: str | Path, prefix: str = "val_") -> dict[str, Path]:
-    """
-    The data set's files of problems whose names begin with `prefix`; {} where it has none. Decoys are left
+    """The data set's files of problems whose names begin with `prefix`; {} where it has none. Decoys are left
     out: there is nothing to compute in them, and whatever number a model writes there solves nothing.
     """
     paths = sorted((Path(data_dir) / "problems").glob(f"{prefix}*.tsv"))
@@ -66,25 +64,30 @@ def splits(data_dir: str | Path, prefix: str = "val_") -> dict[str, Path]:
 
 
 def solve(model: GPT, tokenizer: Tokenizer, problems: list[Problem], batch_size: int = 64) -> list[Attempt]:
-    """Attempts at all problems, in their order. Raises ValueError for a prompt the model cannot read."""
-    attempts = []
-    for start in range(0, len(problems), batch_size):
-        batch = problems[start:start + batch_size]
-        prompts = [encode(tokenizer, problem.prompt, model.config.block_size) for problem in batch]
-        longest = max(len(problem.answer.encode()) for problem in batch)  # bytes: no token is less than one
-        stop = [[tokenizer.separator_id]]
+    """Attempts at all problems, in their order. A prompt longer than the model's context is a failed attempt without
+    output; one with characters outside the vocabulary is a ValueError, raised before anything is attempted.
+    """
+    encoded = [encode(tokenizer, problem.prompt) for problem in problems]
+    attempts = [Attempt(problem.prompt, problem.answer, "", False) for problem in problems]
+    readable = [n for n, prompt in enumerate(encoded) if len(prompt) <= model.config.block_size]
+    for start in range(0, len(readable), batch_size):
+        batch = readable[start : start + batch_size]
+        longest = max(len(problems[n].answer.encode()) for n in batch)  # bytes: no token is less than one
+        prompts, stop = [encoded[n] for n in batch], [[tokenizer.separator_id]]
         written = generate(model, prompts, longest + SPARE_TOKENS, temperature=0, stop=stop)
-        for problem, tokens in zip(batch, written):
+        for n, tokens in zip(batch, written):
             if tokens[-1] == tokenizer.separator_id:
                 tokens = tokens[:-1]
             output = tokenizer.decode(tokens)
-            correct = output.strip() == problem.answer.strip()
-            attempts.append(Attempt(problem.prompt, problem.answer, output, correct))
+            correct = output.strip() == problems[n].answer.strip()
+            attempts[n] = replace(attempts[n], output=output, correct=correct)
     return attempts
 
 
 @torch.no_grad()
-def mean_loss(model: torch.nn.Module, loader: Loader, batches: int, device: torch.device, dtype: torch.dtype) -> float:
+def mean_loss(
+    model: torch.nn.Module, loader: Loader, batches: int, device: torch.device, dtype: torch.dtype
+) -> float:
     """Mean cross-entropy in nats over the loader's first `batches`, each with the same weight, however much of it
     is padding. The host waits for the device, once."""
     loader.reset()
@@ -96,11 +99,8 @@ def mean_loss(model: torch.nn.Module, loader: Loader, batches: int, device: torc
     return total.item() / batches
 
 
-def encode(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
+def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     try:
-        tokens = tokenizer.encode(prompt)
+        return tokenizer.encode(prompt)
     except ValueError as error:
         raise ValueError(f"prompt {prompt!r}: {error}") from None
-    if len(tokens) > block_size:
-        raise ValueError(f"prompt {prompt!r} has {len(tokens)} tokens, and the model's context only {block_size}")
-    return tokens

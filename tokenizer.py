@@ -1,5 +1,4 @@
-"""
-Text <-> token ids: characters, bytes, GPT-2's byte-pair encoding, or one trained on the text at hand.
+"""Text <-> token ids: characters, bytes, GPT-2's byte-pair encoding, or one trained on the text at hand.
 
     tokenizer = build("bpe", open("train.txt").read(), vocab_size=4096)
     ids = tokenizer.encode("12+7*3=33")
@@ -76,8 +75,10 @@ class CharTokenizer(Tokenizer):
         ids = self.id_of[np.minimum(code_points(text), len(self.id_of) - 1)]
         if (ids < 0).any():
             at = int(np.argmax(ids < 0))
-            raise ValueError(f"character {text[at]!r} at position {at} is not in the vocabulary: "
-                             f"leave it out, or prepare the data with the byte tokenizer")
+            raise ValueError(
+                f"character {text[at]!r} at position {at} is not in the vocabulary: "
+                f"leave it out, or prepare the data with the byte tokenizer"
+            )
         return ids
 
     def token_bytes(self, id):
@@ -102,8 +103,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """
-    Byte-pair encoding. `tokens` holds the bytes of every token written as Latin-1, a character a byte, in the
+    """Byte-pair encoding. `tokens` holds the bytes of every token written as Latin-1, a character a byte, in the
     order in which they were merged; the separator follows as the last id. All single bytes are tokens.
     """
 
@@ -115,8 +115,9 @@ class BPETokenizer(Tokenizer):
         ranks = {token.encode("latin-1"): rank for rank, token in enumerate(tokens)}
         self.separator_id = len(ranks)
         self.vocab_size = len(ranks) + 1
-        self.encoding = tiktoken.Encoding(self.kind, pat_str=PATTERN, mergeable_ranks=ranks,
-                                          special_tokens={END_OF_TEXT: self.separator_id})
+        self.encoding = tiktoken.Encoding(
+            self.kind, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.separator_id}
+        )
 
     def encode_array(self, text):
         return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
@@ -129,8 +130,7 @@ class BPETokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(BPETokenizer):
-    """
-    GPT-2's vocabulary and ids, so that its weights can be used. Texts without numbers encode as in GPT-2,
+    """GPT-2's vocabulary and ids, so that its weights can be used. Texts without numbers encode as in GPT-2,
     which itself mostly saw numbers in pieces of several digits and with the space before them.
     """
 
@@ -140,8 +140,10 @@ class GPT2Tokenizer(BPETokenizer):
         try:
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
         except OSError as error:
-            raise OSError("GPT-2's vocabulary is not on this machine and cannot be downloaded: connect "
-                          "it once, or set TIKTOKEN_CACHE_DIR to a filled cache of tiktoken") from error
+            raise OSError(
+                "GPT-2's vocabulary is not on this machine and cannot be downloaded: connect "
+                "it once, or set TIKTOKEN_CACHE_DIR to a filled cache of tiktoken"
+            ) from error
         super().__init__([token.decode("latin-1") for token in sorted(ranks, key=ranks.get)])
 
     def to_json(self):
@@ -156,8 +158,7 @@ def from_json(d: dict) -> Tokenizer:
 
 
 def build(kind: str, text: str | Iterable[str], vocab_size: int | None = None) -> Tokenizer:
-    """
-    The tokenizer for a text, or for one that comes in parts. `vocab_size` is for bpe alone, and an upper
+    """The tokenizer for a text, or for one that comes in parts. `vocab_size` is for bpe alone, and an upper
     limit: a short text does not have that many pairs that occur twice.
     """
     cls = tokenizer_class(kind)
@@ -180,11 +181,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> list[str]:
     if vocab_size <= len(alphabet):
         raise ValueError(f"vocab_size={vocab_size} is too small, bpe needs at least {len(alphabet) + 1}")
     trainee = tokenizers.Tokenizer(models.BPE())
-    trainee.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    trainee.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False))
+    trainee.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainee.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
     # The library writes a byte as a printable character: as itself, or else as the next one from U+0100 on.
     byte_of = {char: char for char in alphabet if ord(char) < 256}
     hidden = (chr(byte) for byte in range(256) if chr(byte) not in byte_of)

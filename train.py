@@ -47,7 +47,9 @@ ROOT = Path(__file__).parent
 def numbered_runs(files: list[str]) -> tuple[str, dict[int, Path]]:
     """out/<config name>, and its runs out/<config name>-NNN by their numbers."""
     stem = str(Path("out") / (Path(files[-1]).stem if files else "train"))
-    names = {path: re.fullmatch(re.escape(stem) + r"-(\d{3,})", str(path)) for path in Path("out").glob("*-*")}
+    names = {
+        path: re.fullmatch(re.escape(stem) + r"-(\d{3,})", str(path)) for path in Path("out").glob("*-*")
+    }
     return stem, {int(match[1]): path for path, match in names.items() if match}
 
 
@@ -59,7 +61,9 @@ def make_run_dir(config: TrainConfig, files: list[str]) -> Path:
         run_dir.mkdir(parents=True)  # an error where another run has just taken it
         return run_dir
     run_dir = Path(config.out_dir)
-    if checkpoint.find(run_dir) or any((run_dir / name).exists() for name in ("config.json", "metrics.jsonl")):
+    if checkpoint.find(run_dir) or any(
+        (run_dir / name).exists() for name in ("config.json", "metrics.jsonl")
+    ):
         raise ValueError(
             f"{run_dir} already holds a run and is left as it is: continue it with --init_from=resume, "
             f"or name another --out_dir"
@@ -72,7 +76,9 @@ def old_run_dir(config: TrainConfig, files: list[str]) -> Path:
     """The run to resume: `out_dir`, or the newest out/<config name>-NNN."""
     if config.out_dir:
         if checkpoint.NAME.fullmatch(Path(config.out_dir).name):
-            raise ValueError(f"{config.out_dir} is a checkpoint: give its run, --out_dir={Path(config.out_dir).parent}")
+            raise ValueError(
+                f"{config.out_dir} is a checkpoint: give its run, --out_dir={Path(config.out_dir).parent}"
+            )
         return Path(config.out_dir)
     stem, runs = numbered_runs(files)
     if not runs:
@@ -134,12 +140,16 @@ def initial_model(config: TrainConfig, tokenizer, saved: checkpoint.Checkpoint |
         asked = pick(config, GPTConfig, vocab_size=model.config.vocab_size)
         for name, value in asdict(model.config).items():
             if getattr(asked, name) != value:
-                raise ValueError(f"{name}={getattr(asked, name)} does not fit the checkpoint, which has {value}")
+                raise ValueError(
+                    f"{name}={getattr(asked, name)} does not fit the checkpoint, which has {value}"
+                )
         return model
     if config.init_from == "scratch":
         return GPT(pick(config, GPTConfig, vocab_size=tokenizer.vocab_size))
     if tokenizer.kind != "gpt2":
-        raise ValueError(f"init_from={config.init_from} needs a dataset in GPT-2's tokens, not {tokenizer.kind}")
+        raise ValueError(
+            f"init_from={config.init_from} needs a dataset in GPT-2's tokens, not {tokenizer.kind}"
+        )
     dag = {name: value for name, value in to_dict(config).items() if name.startswith("dag_")}
     model = GPT.from_huggingface(config.init_from, dropout=config.dropout, **dag)
     model.crop_block_size(config.block_size)
@@ -195,7 +205,9 @@ class StopFlag:
 
     def __init__(self):
         self.signal: int | None = None
-        self.previous = {number: signal.signal(number, self._set) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = {
+            number: signal.signal(number, self._set) for number in (signal.SIGINT, signal.SIGTERM)
+        }
 
     def _set(self, number, frame):
         self.signal = number
@@ -250,8 +262,13 @@ def main() -> None:
 
     def loader(split: str, seed: int) -> dataloader.Loader:
         return dataloader.Loader(
-            data_dir, split, batch_size=config.batch_size, block_size=config.block_size, seed=seed,
-            rank=processes.rank, world_size=processes.world_size,
+            data_dir,
+            split,
+            batch_size=config.batch_size,
+            block_size=config.block_size,
+            seed=seed,
+            rank=processes.rank,
+            world_size=processes.world_size,
         )
 
     train_loader = loader("train", config.seed)
@@ -273,13 +290,19 @@ def main() -> None:
             return network(*to_device(batch))[1]
 
     trial_batch = eval_loaders["train"].next_batch()
-    compiled = runtime.compile_model(model, config.compile, device, lambda m: loss_of(m, trial_batch).backward())
+    compiled = runtime.compile_model(
+        model, config.compile, device, lambda m: loss_of(m, trial_batch).backward()
+    )
     network = compiled
     if processes.world_size > 1:
-        network = DistributedDataParallel(compiled, device_ids=[device.index] if device.type == "cuda" else None)
+        network = DistributedDataParallel(
+            compiled, device_ids=[device.index] if device.type == "cuda" else None
+        )
 
     # ---------------------------------------------------------------------------------- optimizer
-    optimizer = optim.make_optimizer(model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    optimizer = optim.make_optimizer(
+        model, config.learning_rate, (config.beta1, config.beta2), config.weight_decay
+    )
     iteration, best_loss, stale, run_id = 0, math.inf, 0, None
     if saved is None:
         torch.manual_seed(config.seed + processes.rank)  # dropout differs between ranks from here on
@@ -300,10 +323,15 @@ def main() -> None:
     if processes.is_main and not config.eval_only:
         write_run_files(run_dir, config, hardware, resumed_at)
         logger = DAGLogger(
-            run_dir, to_dict(config), wandb_log=config.wandb_log, project=config.wandb_project,
-            run_name=config.wandb_run_name or run_dir.name, mode=config.wandb_mode, run_id=run_id,
+            run_dir,
+            to_dict(config),
+            wandb_log=config.wandb_log,
+            project=config.wandb_project,
+            run_name=config.wandb_run_name or run_dir.name,
+            mode=config.wandb_mode,
+            run_id=run_id,
             resume_step=resumed_at,
-        )  # fmt: skip
+        )
     display = Display(config.max_iters, iteration, processes.is_main)
     plain = "plain GPT" if model.dag is None else f"GPT with a DAG of depth {config.dag_depth}"
     display.say(f"{plain}, {model.num_parameters() / 1e6:.2f} M parameters, on {hardware}")
@@ -317,7 +345,9 @@ def main() -> None:
         for split, batches in eval_loaders.items():
             loss = tasks.mean_loss(compiled, batches, config.eval_iters, device, dtype)
             scores[f"{split}/loss"] = processes.mean(loss)
-        display.say(f"step {iteration}: train loss {scores['train/loss']:.4f}, val loss {scores['val/loss']:.4f}")
+        display.say(
+            f"step {iteration}: train loss {scores['train/loss']:.4f}, val loss {scores['val/loss']:.4f}"
+        )
         if processes.is_main:
             if problems:
                 attempts = tasks.solve(model, tokenizer, problems)
@@ -335,9 +365,15 @@ def main() -> None:
         if not processes.is_main:
             return
         state = checkpoint.Checkpoint(
-            step=iteration, best_val_loss=best_loss, model=model.state_dict(), optimizer=optimizer.state_dict(),
-            model_config=asdict(model.config), train_config=to_dict(config), loader=train_loader.state_dict(),
-            rng=checkpoint.capture_rng(), tokenizer=tokenizer.to_json(),
+            step=iteration,
+            best_val_loss=best_loss,
+            model=model.state_dict(),
+            optimizer=optimizer.state_dict(),
+            model_config=asdict(model.config),
+            train_config=to_dict(config),
+            loader=train_loader.state_dict(),
+            rng=checkpoint.capture_rng(),
+            tokenizer=tokenizer.to_json(),
             progress=dict(stale=stale, wandb_run_id=logger.run_id),
         )
         checkpoint.save(run_dir, kind, state)
@@ -381,7 +417,9 @@ def main() -> None:
         if iteration >= config.max_iters:
             break
         if config.patience and stale >= config.patience:
-            display.say(f"no better validation loss in {stale} evaluations: stopping early at step {iteration}")
+            display.say(
+                f"no better validation loss in {stale} evaluations: stopping early at step {iteration}"
+            )
             break
         if stop.raised(processes):
             display.say(f"asked to stop: saving at step {iteration}")
@@ -391,8 +429,13 @@ def main() -> None:
 
         # micro-steps
         rate = optim.learning_rate_at(
-            iteration, config.schedule, config.learning_rate, config.min_lr, config.warmup_iters,
-            config.lr_decay_iters or config.max_iters, config.wsd_decay_iters or config.max_iters // 5,
+            iteration,
+            config.schedule,
+            config.learning_rate,
+            config.min_lr,
+            config.warmup_iters,
+            config.lr_decay_iters or config.max_iters,
+            config.wsd_decay_iters or config.max_iters // 5,
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -430,7 +473,9 @@ def main() -> None:
         logger.finish()
         start = min((problem.prompt for problem in problems), key=len, default="The ")
         longer = f" --max_iters={2 * iteration}" if iteration >= config.max_iters else ""
-        print(f"checkpoints in {run_dir}: last at step {iteration}, best at validation loss {best_loss:.4f}. Try next:")
+        print(
+            f"checkpoints in {run_dir}: last at step {iteration}, best at validation loss {best_loss:.4f}. Try next:"
+        )
         print(f'  python sample.py --out_dir={run_dir} --start="{start}"')
         print(f"  python evaluate.py --out_dir={run_dir}")
         print(f"  python train.py --init_from=resume --out_dir={run_dir}{longer}")
@@ -441,7 +486,9 @@ def run() -> None:
     try:
         main()
     except torch.OutOfMemoryError as error:
-        raise ValueError(f"{error} Use a smaller --batch_size and as much more --gradient_accumulation_steps") from error
+        raise ValueError(
+            f"{error} Use a smaller --batch_size and as much more --gradient_accumulation_steps"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -53,10 +53,15 @@ def test_at_least_as_many_steps_as_asked_for():
     assert len(calls) == 10 and len(seconds["plain"]) == 2
 
 
-@pytest.mark.parametrize("name, flops", [
-    ("NVIDIA A10", 125e12), ("NVIDIA A100-SXM4-40GB", 312e12),
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, flops",
+    [
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+    ],
+)
 def test_peak_of_known_gpus(monkeypatch, name, flops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert bench.peak_flops(torch.device("cuda"), torch.bfloat16)[0] == flops

@@ -44,9 +44,15 @@ def train(model, optimizer, steps):
 def snapshot(step=1, module=None, optimizer=None, **fields):
     if module is None:
         module, optimizer = training()
-    values = dict(model=module.state_dict(), optimizer=optimizer.state_dict(), rng=capture_rng(),
-                  model_config={"n_embd": 4}, train_config={"lr": 0.1, "name": "é\ud800"},
-                  tokenizer={"kind": "char"}, loader={"next": step})
+    values = dict(
+        model=module.state_dict(),
+        optimizer=optimizer.state_dict(),
+        rng=capture_rng(),
+        model_config={"n_embd": 4},
+        train_config={"lr": 0.1, "name": "é\ud800"},
+        tokenizer={"kind": "char"},
+        loader={"next": step},
+    )
     return Checkpoint(step=step, **values | fields)
 
 
@@ -272,6 +278,7 @@ def test_at_every_moment_of_a_save_there_is_a_whole_checkpoint(tmp_path, monkeyp
                 if calls >= last_call:
                     raise PowerCut
                 return function(*arguments, **options)
+
             return call
 
         for owner, name in [(Path, "rename"), (Path, "mkdir"), (shutil, "rmtree")]:

@@ -11,8 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configurator import (ConfigError, TrainConfig, help_text, load, load_with_files, parse, pick, run_script,
-                          setting, settings_of, to_dict)
+from configurator import (
+    ConfigError,
+    TrainConfig,
+    help_text,
+    load,
+    load_with_files,
+    parse,
+    pick,
+    run_script,
+    setting,
+    settings_of,
+    to_dict,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +45,7 @@ class Example:
 
 KEYS = [field.name for field in dataclasses.fields(Example)]
 finite = st.floats(allow_nan=False, allow_infinity=False)
-in_int64 = st.integers(-2**63, 2**63)
+in_int64 = st.integers(-(2**63), 2**63)
 argument = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))  # what argv can hold
 
 
@@ -74,7 +85,7 @@ def test_any_value_assigned_in_a_file_arrives_equal(tmp_path_factory, count, rat
     assert load(Example, [str(path)]) == Example(count, rate, "n" + name, flag, limit=limit)
 
 
-@given(st.integers(-10**6, 10**6), st.integers(0, 9))
+@given(st.integers(-(10**6), 10**6), st.integers(0, 9))
 def test_an_int_may_be_written_as_an_integral_float(mantissa, exponent):
     assert load(Example, [f"--count={mantissa}e{exponent}"]).count == mantissa * 10**exponent
 
@@ -94,21 +105,54 @@ def test_strings_are_verbatim_and_split_at_the_first_equals_sign(value):
     assert load(Example, ["--name=" + value]).name == value
 
 
-@pytest.mark.parametrize("key, text, expected", [
-    ("count", "1.5", "int"), ("count", "abc", "int"), ("count", "", "int"), ("count", "inf", "int"),
-    ("count", "true", "int"), ("count", "none", "int"), ("rate", "fast", "a finite float"),
-    ("rate", "nan", "finite float"), ("rate", "-inf", "finite float"), ("rate", "1e999", "finite float"),
-    ("flag", "1", "true or false"), ("flag", "", "true or false"), ("limit", "0", "int >= 1 or none"),
-    ("mode", "on", "one of auto, true, false"), ("share", "1", "in [0, 1)"), ("share", "-1", "in [0, 1)")])
+@pytest.mark.parametrize(
+    "key, text, expected",
+    [
+        ("count", "1.5", "int"),
+        ("count", "abc", "int"),
+        ("count", "", "int"),
+        ("count", "inf", "int"),
+        ("count", "true", "int"),
+        ("count", "none", "int"),
+        ("rate", "fast", "a finite float"),
+        ("rate", "nan", "finite float"),
+        ("rate", "-inf", "finite float"),
+        ("rate", "1e999", "finite float"),
+        ("flag", "1", "true or false"),
+        ("flag", "", "true or false"),
+        ("limit", "0", "int >= 1 or none"),
+        ("mode", "on", "one of auto, true, false"),
+        ("share", "1", "in [0, 1)"),
+        ("share", "-1", "in [0, 1)"),
+    ],
+)
 def test_an_ill_typed_flag_is_refused_with_what_was_expected(key, text, expected):
     line = message(f"--{key}={text}")
     assert line.startswith(f"config error (command line): {key}={text!r}: expected ") and expected in line
 
 
-@pytest.mark.parametrize("assignment", [
-    "count = '1'", "count = True", "count = 1.5", "count = None", "count = float('inf')", "rate = '0.5'",
-    "rate = False", "rate = 10**400", "rate = float('nan')", "name = 3", "flag = 1", "flag = 'true'",
-    "mode = 1", "limit = 'none'", "limit = 0", "share = 1.0", "name = ['a']"])
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "count = '1'",
+        "count = True",
+        "count = 1.5",
+        "count = None",
+        "count = float('inf')",
+        "rate = '0.5'",
+        "rate = False",
+        "rate = 10**400",
+        "rate = float('nan')",
+        "name = 3",
+        "flag = 1",
+        "flag = 'true'",
+        "mode = 1",
+        "limit = 'none'",
+        "limit = 0",
+        "share = 1.0",
+        "name = ['a']",
+    ],
+)
 def test_a_file_is_held_to_the_same_types(tmp_path, assignment):
     path = write(tmp_path / "c.py", assignment)
     line = message(path)
@@ -132,16 +176,20 @@ def test_an_unknown_key_is_refused(key):
 
 def test_an_unknown_key_names_the_nearest_one(tmp_path):
     path = write(tmp_path / "typo.py", "dag_detph = 4")
-    assert message(path, cls=TrainConfig) == \
-        f"config error ({path}): unknown key 'dag_detph', did you mean 'dag_depth'?"
+    assert (
+        message(path, cls=TrainConfig)
+        == f"config error ({path}): unknown key 'dag_detph', did you mean 'dag_depth'?"
+    )
     assert "did you mean 'batch_size'?" in message("--batch-size=4", cls=TrainConfig)
 
 
 @given(st.permutations(["first", "second", "--count=7", "--name=flag"]))
 def test_flags_win_wherever_they_stand_and_later_files_over_earlier(tmp_path_factory, order):
     folder = tmp_path_factory.getbasetemp()
-    files = {"first": write(folder / "1.py", "count = 1; name = 'file'; rate = 1"),
-             "second": write(folder / "2.py", "count = 2; rate = 2")}
+    files = {
+        "first": write(folder / "1.py", "count = 1; name = 'file'; rate = 1"),
+        "second": write(folder / "2.py", "count = 2; rate = 2"),
+    }
     config, used = load_with_files(Example, [files.get(item, item) for item in order])
     assert (config.count, config.name) == (7, "flag")
     assert used == [files[item] for item in order if item in files]
@@ -153,17 +201,27 @@ def test_the_last_of_duplicate_flags_wins():
 
 
 def test_a_file_may_compute_and_import_in_a_namespace_of_its_own(tmp_path):
-    first = write(tmp_path / "1.py", "import math\nfrom pathlib import Path\n_half = 0.25\n"
-                                     "def double(x): return 2 * x\ncount = 5 * 8\nrate = double(_half)\n")
+    first = write(
+        tmp_path / "1.py",
+        "import math\nfrom pathlib import Path\n_half = 0.25\n"
+        "def double(x): return 2 * x\ncount = 5 * 8\nrate = double(_half)\n",
+    )
     assert load(Example, [first]) == Example(count=40, rate=0.5)
     second = write(tmp_path / "2.py", "count = count + 1")
     assert "NameError" in message(first, second)
 
 
-@pytest.mark.parametrize("content, line", [
-    ("count = 1\nname = (\n", "line 2: '(' was never closed"), ("\n\ncount = 1 / 0", "line 3: ZeroDivision"),
-    ("raise SystemExit(0)", "line 1: SystemExit"), ("\nraise ValueError('a\\nb')", "line 2: ValueError: a b"),
-    (b"name = '\xff'", "line 1: "), ("name = 'a\0b'", "null byte")])
+@pytest.mark.parametrize(
+    "content, line",
+    [
+        ("count = 1\nname = (\n", "line 2: '(' was never closed"),
+        ("\n\ncount = 1 / 0", "line 3: ZeroDivision"),
+        ("raise SystemExit(0)", "line 1: SystemExit"),
+        ("\nraise ValueError('a\\nb')", "line 2: ValueError: a b"),
+        (b"name = '\xff'", "line 1: "),
+        ("name = 'a\0b'", "null byte"),
+    ],
+)
 def test_a_broken_file_is_one_line_with_its_line_number(tmp_path, content, line):
     path = tmp_path / "broken.py"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -192,8 +250,10 @@ def test_a_saved_run_stands_in_for_the_defaults(tmp_path):
 
 def test_checks_across_settings_name_where_they_came_from(tmp_path):
     path = write(tmp_path / "c.py", "name = 'forbidden'")
-    assert message(path, "--count=2") == \
-        f"config error ({path}, command line): name='forbidden' is not allowed with anything"
+    assert (
+        message(path, "--count=2")
+        == f"config error ({path}, command line): name='forbidden' is not allowed with anything"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -265,15 +325,27 @@ run_script(main)
 """
 
 
-@pytest.mark.parametrize("error, argv, line", [
-    ("ValueError('two\\nlines')", ["--seed=3"], "error: two lines"),
-    ("FileNotFoundError('no data: prepare it')", [], "error: no data: prepare it"),
-    ("ImportError('pip install transformers')", [], "error: pip install transformers"),
-    ("SystemExit(0)", ["--sede=3"], "config error (command line): unknown key 'sede', did you mean 'seed'?")])
+@pytest.mark.parametrize(
+    "error, argv, line",
+    [
+        ("ValueError('two\\nlines')", ["--seed=3"], "error: two lines"),
+        ("FileNotFoundError('no data: prepare it')", [], "error: no data: prepare it"),
+        ("ImportError('pip install transformers')", [], "error: pip install transformers"),
+        (
+            "SystemExit(0)",
+            ["--sede=3"],
+            "config error (command line): unknown key 'sede', did you mean 'seed'?",
+        ),
+    ],
+)
 def test_a_script_ends_with_one_line_and_exit_code_2(error, argv, line):
     environment = {k: v for k, v in os.environ.items() if k != "TRACEBACK"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT.format(root=str(ROOT), error=error), *argv],
-                          capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(root=str(ROOT), error=error), *argv],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line + "\n")
 
 
@@ -288,3 +360,20 @@ def test_mistakes_of_the_program_are_not_hidden(monkeypatch, capsys):
         run_script(fail)
     shown = capsys.readouterr().err
     assert end.value.code == 2 and "Traceback" in shown and shown.endswith("error: mend this\n")
+
+
+def test_defaults_and_choices_are_those_of_the_model():
+    import dag_model
+
+    ours = settings_of(TrainConfig)
+    for field in dataclasses.fields(dag_model.GPTConfig):
+        assert field.name == "vocab_size" or ours[field.name].default == field.default
+    registries = {
+        "dag_inputs": dag_model.INPUTS,
+        "dag_values": dag_model.VALUES,
+        "dag_plan": dag_model.PLANS,
+        "dag_fold": dag_model.FOLDS,
+        "dag_context": dag_model.CONTEXTS,
+    }
+    for name, registry in registries.items():
+        assert set(ours[name].choices) == set(registry)

@@ -429,3 +429,10 @@ def test_numbers_stay_exact_under_bf16_autocast(tiny_gpt, inputs):
         assert (slots.bfloat16() != slots).any(), "numbers that bf16 can hold prove nothing"
     again, _ = execute(state.plan, state.values[..., :K], model.dag.names)
     assert torch.equal(again, state.values)
+
+
+def test_distinct_numbers_fold_into_distinct_vectors_under_bf16_autocast(tiny_gpt):
+    fold = tiny_gpt(dag_depth=1).dag.fold
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        folded = fold(torch.arange(1000.0)[None], None)[0]
+    assert len(folded.unique(dim=0)) == 1000

@@ -82,10 +82,15 @@ def test_resuming_from_step_0_and_a_fresh_run_keep_different_things(tmp_path):
 
 def tiny_state() -> DAGState:
     """One row of two positions, K = 1 input and D = 2 steps, so S = 3; two operations; width 2."""
-    operands = torch.tensor([
-        [[[1.0, 0, 0], [1, 0, 0]], [[0, 1, 0], [1, 0, 0]]],  # position 0: (0, 0), then (1, 0)
-        [[[1.0, 0, 0], [1, 0, 0]], [[0.5, 0.5, 0], [0, 1, 0]]],  # position 1: (0, 0), then a mixture and 1
-    ])[None]
+    operands = torch.tensor(
+        [
+            [[[1.0, 0, 0], [1, 0, 0]], [[0, 1, 0], [1, 0, 0]]],  # position 0: (0, 0), then (1, 0)
+            [
+                [[1.0, 0, 0], [1, 0, 0]],
+                [[0.5, 0.5, 0], [0, 1, 0]],
+            ],  # position 1: (0, 0), then a mixture and 1
+        ]
+    )[None]
     operation = torch.tensor([[[1.0, 0], [1, 0]], [[1, 0], [0, 1]]])[None]
     return DAGState(
         plan=Plan(operands, operation),
@@ -103,21 +108,24 @@ def nats(*probabilities) -> float:
 def test_statistics_by_hand(tmp_path):
     statistics = DAGLogger(tmp_path, {}).dag_statistics(tiny_state(), ["add", "log"])
     assert all(type(value) is float for value in statistics.values())
-    assert statistics == pytest.approx({
-        "dag/gate_mean": 0.5,
-        "dag/gate_std": 0.3,
-        "dag/gate_open": 0.5,
-        "dag/valid_results": 2.5 / 4,
-        "dag/valid_final": 0.5,
-        "dag/folded_norm": (5 + 1) / 2,
-        "dag/gated_norm": (0.2 * 5 + 0.8 * 1) / 2,
-        "dag/operation_entropy": nats(3 / 4, 1 / 4),
-        "dag/operand1_entropy": nats(2.5 / 4, 1.5 / 4),
-        "dag/operand2_entropy": nats(3 / 4, 1 / 4),
-        "dag/operands_from_results": (1.5 + 1) / 8,
-        "dag/use/add": 3 / 4,
-        "dag/use/log": 1 / 4,
-    }, rel=1e-6)
+    assert statistics == pytest.approx(
+        {
+            "dag/gate_mean": 0.5,
+            "dag/gate_std": 0.3,
+            "dag/gate_open": 0.5,
+            "dag/valid_results": 2.5 / 4,
+            "dag/valid_final": 0.5,
+            "dag/folded_norm": (5 + 1) / 2,
+            "dag/gated_norm": (0.2 * 5 + 0.8 * 1) / 2,
+            "dag/operation_entropy": nats(3 / 4, 1 / 4),
+            "dag/operand1_entropy": nats(2.5 / 4, 1.5 / 4),
+            "dag/operand2_entropy": nats(3 / 4, 1 / 4),
+            "dag/operands_from_results": (1.5 + 1) / 8,
+            "dag/use/add": 3 / 4,
+            "dag/use/log": 1 / 4,
+        },
+        rel=1e-6,
+    )
 
 
 @pytest.mark.parametrize("fields", [dict(dag_inputs="sequence", dag_gate=False), dict(dag_plan="soft")])
@@ -144,12 +152,14 @@ def test_gradients_by_hand(tmp_path, tiny_gpt):
     model.dag.fold.project.weight.grad = torch.tensor([[6.0], [0]])
     model.dag.fold.project.bias.grad = torch.tensor([0.0, 8])
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)  # not the DAG's
-    assert logger.get_wandb_logging_dict(model) == pytest.approx({
-        "dag/gradient_norm/planner": math.sqrt(26),
-        "dag/gradient_norm/fold": 10.0,
-        "dag/gradient_norm/add": 5.0,
-        "dag/gradient_norm/log": 1.0,
-    })
+    assert logger.get_wandb_logging_dict(model) == pytest.approx(
+        {
+            "dag/gradient_norm/planner": math.sqrt(26),
+            "dag/gradient_norm/fold": 10.0,
+            "dag/gradient_norm/add": 5.0,
+            "dag/gradient_norm/log": 1.0,
+        }
+    )
 
 
 def test_the_logging_dict_has_statistics_and_gradients_of_every_part(tmp_path, tiny_gpt):
@@ -289,10 +299,13 @@ def online(tmp_path, **env) -> tuple[list[str], dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env, reason", [
-    ({}, "wandb login"),
-    ({"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}, "127.0.0.1:9"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "env, reason",
+    [
+        ({}, "wandb login"),
+        ({"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}, "127.0.0.1:9"),
+    ],
+)
 def test_no_login_and_no_network_cost_one_line_and_little_time(tmp_path, env, reason):
     command, env = online(tmp_path, **env)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)

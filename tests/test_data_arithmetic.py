@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from configurator import ConfigError, parse
 from dataloader import Loader, open_shard
@@ -66,6 +67,7 @@ DECOYS = [pattern(template) for template in prepare.DECOYS]
 
 def evaluate(text: str) -> Fraction:
     """The value of an expression, over the syntax tree and in fractions."""
+
     def walk(node):
         match node:
             case ast.Constant(value=value):
@@ -75,6 +77,7 @@ def evaluate(text: str) -> Fraction:
             case ast.BinOp(left=left, op=op, right=right):
                 a, b = walk(left), walk(right)
                 return {ast.Add: a + b, ast.Sub: a - b, ast.Mult: a * b}[type(op)]
+
     return walk(ast.parse(text, mode="eval").body)
 
 
@@ -105,8 +108,10 @@ class Prepared:
         self.folder = folder
         self.meta = prepare.prepare(prepare.Settings(out_dir=str(folder), **settings))
         self.tokenizer = from_json(self.meta["tokenizer"])
-        self.problems = {path.stem: [tuple(line.split("\t")) for line in path.read_text().splitlines()]
-                         for path in (folder / "problems").glob("*.tsv")}
+        self.problems = {
+            path.stem: [tuple(line.split("\t")) for line in path.read_text().splitlines()]
+            for path in (folder / "problems").glob("*.tsv")
+        }
 
     def lines(self, split):
         [shard] = self.meta["splits"][split]["shards"]
@@ -148,7 +153,7 @@ def test_the_table_of_meanings_is_complete():
     assert set(MEANING) == set(prepare.TEMPLATES) | set(prepare.UNSEEN_TEMPLATES)
 
 
-@given(st.integers(0, 10 ** 9), st.integers(2, 8), st.integers(1, 20))
+@given(st.integers(0, 10**9), st.integers(2, 8), st.integers(1, 20))
 def test_trees_are_written_as_they_are_computed(seed, count, digits):
     rng = random.Random(seed)
     problem = prepare.draw_integers(rng, count, range(1, digits + 1))
@@ -157,8 +162,18 @@ def test_trees_are_written_as_they_are_computed(seed, count, digits):
 
 def test_expressions_show_what_they_should(data):
     text = "\n".join(data.lines("train"))
-    for wanted in (r"\(\d+\+\d+\)\*\d", r"^\d+\+\d+\*\d+=", r"-\(", r"--\d", r"=-\d", r"= -\d", r"^-\d",
-                   r"\d \* \d", r"^\d+\.\d+\+\d+=\d+\.\d+$", r"\. -\d+$"):
+    for wanted in (
+        r"\(\d+\+\d+\)\*\d",
+        r"^\d+\+\d+\*\d+=",
+        r"-\(",
+        r"--\d",
+        r"=-\d",
+        r"= -\d",
+        r"^-\d",
+        r"\d \* \d",
+        r"^\d+\.\d+\+\d+=\d+\.\d+$",
+        r"\. -\d+$",
+    ):
         assert re.search(wanted, text, re.M), wanted
     for unwanted in (r"[-+*(] ?-0(?![.\d])", r"^-0(?![.\d])", r"(?<![\d.])0\d", r"\.\d*0(?!\d)"):
         assert not re.search(unwanted, text, re.M), unwanted
@@ -167,8 +182,11 @@ def test_expressions_show_what_they_should(data):
 def test_no_numbers_are_in_two_splits(data, other_seed):
     def numbers(lines):
         return {numbers_of(line) for line in lines}
-    scored = {name: numbers(prompt + answer for prompt, answer in problems)
-              for name, problems in data.problems.items()}
+
+    scored = {
+        name: numbers(prompt + answer for prompt, answer in problems)
+        for name, problems in data.problems.items()
+    }
     val = numbers(data.lines("val")).union(*(scored[name] for name in scored if name.startswith("val_")))
     test = set().union(*(scored[name] for name in scored if not name.startswith("val_")))
     for train in (numbers(data.lines("train")), numbers(other_seed.lines("train"))):
@@ -216,9 +234,17 @@ def test_what_is_held_out_is_not_in_the_corpus(data):
         assert len(prompt) <= 4 and all(len(n.partition(".")[0]) <= 3 for n in prompt), line
 
 
-@pytest.mark.parametrize("name, count, digits", [
-    ("digits_8", {2}, {8}), ("digits_18", {2}, {18}), ("sentence_digits_7", {2, 3}, {7}),
-    ("operands_5", {5}, {1, 2, 3}), ("operands_6", {6}, {1, 2, 3}), ("unseen_templates", {2, 3}, {1, 2, 3})])
+@pytest.mark.parametrize(
+    "name, count, digits",
+    [
+        ("digits_8", {2}, {8}),
+        ("digits_18", {2}, {18}),
+        ("sentence_digits_7", {2, 3}, {7}),
+        ("operands_5", {5}, {1, 2, 3}),
+        ("operands_6", {6}, {1, 2, 3}),
+        ("unseen_templates", {2, 3}, {1, 2, 3}),
+    ],
+)
 def test_extrapolation_goes_beyond(data, name, count, digits):
     prompts = [prompt for prompt, _ in data.problems[name]]
     assert {len(numbers_in(prompt)) for prompt in prompts} == count

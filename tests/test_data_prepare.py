@@ -58,7 +58,7 @@ def server():
             self.send_response(503 if busy else 200)
             self.send_header("Content-Length", str(4 if busy else len(content)))
             self.end_headers()
-            self.wfile.write(b"busy" if busy else content[:len(content) // (1 + fails)])
+            self.wfile.write(b"busy" if busy else content[: len(content) // (1 + fails)])
 
         def log_message(self, *args):
             pass
@@ -115,10 +115,12 @@ def articles(tmp_path_factory) -> tuple[Path, list[str]]:
 
 def prepare_articles(path, out_dir) -> dict:
     pytest.importorskip("datasets", reason="openwebtext is read with the optional package datasets")
-    return prepare(openwebtext, source=f"json:{path}", tokenizer="byte", val_every=20, shard_tokens=2000,
-                   out_dir=out_dir)
+    return prepare(
+        openwebtext, source=f"json:{path}", tokenizer="byte", val_every=20, shard_tokens=2000, out_dir=out_dir
+    )
 
 
+@pytest.mark.extras
 def test_openwebtext_has_every_document_once_in_its_split(articles, tmp_path):
     path, texts = articles
     meta = prepare_articles(path, tmp_path)
@@ -127,6 +129,7 @@ def test_openwebtext_has_every_document_once_in_its_split(articles, tmp_path):
     assert len(meta["splits"]["train"]["shards"]) > 5
 
 
+@pytest.mark.extras
 def test_openwebtext_interrupted_twice_gives_the_same_files(articles, tmp_path, monkeypatch):
     path, _ = articles
     prepare_articles(path, tmp_path / "whole")
@@ -150,6 +153,7 @@ def test_openwebtext_interrupted_twice_gives_the_same_files(articles, tmp_path, 
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
+@pytest.mark.extras
 def test_openwebtext_without_datasets_or_a_text_column(articles, tmp_path, monkeypatch):
     pytest.importorskip("datasets", reason="openwebtext is read with the optional package datasets")
     (tmp_path / "a.jsonl").write_text('{"story": "x"}\n')
@@ -227,22 +231,25 @@ def test_a_long_stream_is_encoded_in_pieces(monkeypatch):
     assert len(list(custom.pieces(TEXT))) > 100
 
 
-@pytest.mark.parametrize("content, settings, message", [
-    (b"", {}, "has no text"),
-    (b" \n\n", {}, "has no text"),
-    (b"abc\xff\n", {}, "not UTF-8 at byte 3"),
-    (b"one line\n", {"documents": "lines"}, "split: more is needed"),
-    (b"text\n" * 9, {"val": "nowhere.txt"}, "nowhere.txt"),
-    (b"text\n" * 9, {"input": "nowhere.txt"}, "nowhere.txt"),
-    (b"text\n" * 9, {"input": ""}, "--input=FILE --name=NAME"),
-    (b"text\n" * 9, {"name": ""}, "--input=FILE --name=NAME"),
-    (b"text\n" * 9, {"name": "../x"}, "name='../x'"),
-    (b"text\n" * 9, {"name": ".."}, "name='..'"),
-    (b"text\n" * 9, {"name": "custom"}, "belongs to data/custom/prepare.py"),
-    (b"text\n" * 9, {"name": "openwebtext"}, "belongs to data/openwebtext/prepare.py"),
-    (b"text\n" * 9, {"vocab_size": 300}, "goes with .*bpe"),
-    (b"text\n" * 9, {"tokenizer": "word"}, "char, byte, gpt2, bpe"),
-])
+@pytest.mark.parametrize(
+    "content, settings, message",
+    [
+        (b"", {}, "has no text"),
+        (b" \n\n", {}, "has no text"),
+        (b"abc\xff\n", {}, "not UTF-8 at byte 3"),
+        (b"one line\n", {"documents": "lines"}, "split: more is needed"),
+        (b"text\n" * 9, {"val": "nowhere.txt"}, "nowhere.txt"),
+        (b"text\n" * 9, {"input": "nowhere.txt"}, "nowhere.txt"),
+        (b"text\n" * 9, {"input": ""}, "--input=FILE --name=NAME"),
+        (b"text\n" * 9, {"name": ""}, "--input=FILE --name=NAME"),
+        (b"text\n" * 9, {"name": "../x"}, "name='../x'"),
+        (b"text\n" * 9, {"name": ".."}, "name='..'"),
+        (b"text\n" * 9, {"name": "custom"}, "belongs to data/custom/prepare.py"),
+        (b"text\n" * 9, {"name": "openwebtext"}, "belongs to data/openwebtext/prepare.py"),
+        (b"text\n" * 9, {"vocab_size": 300}, "goes with .*bpe"),
+        (b"text\n" * 9, {"tokenizer": "word"}, "char, byte, gpt2, bpe"),
+    ],
+)
 def test_mistakes_are_told_and_leave_nothing(own, tmp_path, content, settings, message):
     with pytest.raises((ValueError, OSError), match=message):
         own(content, **settings)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import dataloader
 from dataloader import IGNORE, DatasetWriter, Loader, open_shard, read_meta, write_dataset
@@ -39,8 +41,9 @@ def data_dir(request, tmp_path):
         write_dataset(tmp_path, "sums", BYTES, splits, documents=True, shard_tokens=700)
     else:
         pieces = np.split(np.arange(9_000), 9)
-        write_dataset(tmp_path, "numbers", LargeVocabulary(), {"train": pieces}, documents=False,
-                      shard_tokens=3_000)
+        write_dataset(
+            tmp_path, "numbers", LargeVocabulary(), {"train": pieces}, documents=False, shard_tokens=3_000
+        )
     assert len(read_meta(tmp_path)["splits"]["train"]["shards"]) >= 3
     return tmp_path
 
@@ -62,9 +65,9 @@ def texts(loader: Loader, count: int) -> list[str]:
         assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape
         for x_T, y_T in zip(x.tolist(), y.tolist()):
             real = sum(target != IGNORE for target in y_T)
-            assert x_T[1:real] == y_T[:real - 1] and set(y_T[real:]) <= {IGNORE}
-            assert set(x_T[real + 1:]) <= {ord("\n")}
-            rows.append(BYTES.decode(x_T[:real] + y_T[real - 1:real]))
+            assert x_T[1:real] == y_T[: real - 1] and set(y_T[real:]) <= {IGNORE}
+            assert set(x_T[real + 1 :]) <= {ord("\n")}
+            rows.append(BYTES.decode(x_T[:real] + y_T[real - 1 : real]))
     return rows
 
 
@@ -88,14 +91,14 @@ def test_no_document_is_cut_and_each_comes_once_an_epoch(tmp_path_factory, lengt
             assert text.endswith("\n") and len(text) <= 17
             seen += text.splitlines()
     for start in (0, n, 2 * n):
-        assert sorted(seen[start:start + n]) == documents
+        assert sorted(seen[start : start + n]) == documents
 
 
 def test_rows_are_as_full_as_the_order_allows(tmp_path):
     write_dataset(tmp_path, "sums", BYTES, {"train": sums(100)}, documents=True)
     rows = texts(loader(tmp_path, shuffle=False), 10)
     assert all(len(row) + following.index("\n") + 1 > 21 for row, following in zip(rows, rows[1:]))
-    assert "".join(rows).splitlines()[:100] == sums(100)[:len("".join(rows).splitlines())]
+    assert "".join(rows).splitlines()[:100] == sums(100)[: len("".join(rows).splitlines())]
 
 
 def test_a_window_is_a_stretch_of_the_stream_across_shards(tmp_path):
@@ -126,8 +129,10 @@ def test_seeds_and_epochs_give_other_orders_and_equal_seeds_the_same(data_dir):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_processes_share_out_the_batches_of_one(data_dir, world_size):
     one = batches(loader(data_dir), 120)  # more than an epoch of the documents
-    shares = [batches(loader(data_dir, rank=rank, world_size=world_size), 120 // world_size)
-              for rank in range(world_size)]
+    shares = [
+        batches(loader(data_dir, rank=rank, world_size=world_size), 120 // world_size)
+        for rank in range(world_size)
+    ]
     assert [batch for step in zip(*shares) for batch in step] == one
 
 
@@ -264,7 +269,7 @@ def test_a_killed_writer_goes_on_to_the_same_files(tmp_path, monkeypatch):
 def test_interruptions_while_files_are_moved_lose_nothing(tmp_path, monkeypatch):
     def write():
         writer = DatasetWriter(tmp_path, "x", BYTES, documents=True, shard_tokens=300, resume=True)
-        for document in sums(400)[writer.consumed:]:
+        for document in sums(400)[writer.consumed :]:
             writer.add("train", document)
         return writer.finish(["train"])
 
@@ -300,13 +305,16 @@ def test_an_unfinished_set_of_other_settings_is_not_thrown_away(tmp_path):
 # ------------------------------------------------------------------------------------------------ mistakes
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda raw: raw[:-3], r"should hold \d+ tokens and has"),
-    (lambda raw: raw + b"12", r"should hold \d+ tokens and has"),
-    (lambda raw: raw[:100], "is not a token shard"),
-    (lambda raw: b"GIF8" + raw[4:], "is not a token shard"),
-    (lambda raw: raw[:4] + bytes([9]) + raw[5:], "unknown version 9"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda raw: raw[:-3], r"should hold \d+ tokens and has"),
+        (lambda raw: raw + b"12", r"should hold \d+ tokens and has"),
+        (lambda raw: raw[:100], "is not a token shard"),
+        (lambda raw: b"GIF8" + raw[4:], "is not a token shard"),
+        (lambda raw: raw[:4] + bytes([9]) + raw[5:], "unknown version 9"),
+    ],
+)
 def test_a_damaged_shard_is_named(data_dir, damage, message):
     path = data_dir / "train_000001.bin"
     path.write_bytes(damage(path.read_bytes()))
@@ -367,3 +375,14 @@ def test_another_number_of_processes_goes_on_where_the_run_was(data_dir):
         assert torch.equal(x, expected_x) and torch.equal(y, expected_y)
     with pytest.raises(ValueError, match="6 micro-batches, which 4 processes cannot share"):
         loader(data_dir, world_size=4).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "tokens, words", [(np.arange(99), "hold 99 tokens"), (np.full(100, 300), "beyond the voc")]
+)
+def test_a_shard_of_other_data_is_refused(tmp_path, tokens, words):
+    write_dataset(tmp_path / "ours", "x", BYTES, {"train": [np.arange(100)]}, documents=False)
+    write_dataset(tmp_path / "theirs", "x", LargeVocabulary(), {"train": [tokens]}, documents=False)
+    shutil.copy(tmp_path / "theirs" / "train_000000.bin", tmp_path / "ours")
+    with pytest.raises(ValueError, match=words):
+        loader(tmp_path / "ours").next_batch()

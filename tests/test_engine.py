@@ -66,7 +66,7 @@ def test_stop_sequences_end_their_row_alone(tiny_gpt):
     model = tiny_gpt(dag_depth=2)
     free = generate(model, RAGGED, 12, seed=5)
     ending = free[1][4:6]
-    assert all(ending != row[i:i + 2] for row in (free[0], *free[2:]) for i in range(12)), "choose another"
+    assert all(ending != row[i : i + 2] for row in (free[0], *free[2:]) for i in range(12)), "choose another"
     stopped = generate(model, RAGGED, 12, seed=5, stop=[[99], ending, [*ending, 99]])
     assert stopped == [free[0], free[1][:6], free[2], free[3]]
 

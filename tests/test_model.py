@@ -124,7 +124,9 @@ def test_the_plain_gpt_is_the_trunk_of_the_dag_model(tiny_gpt):
 def test_logits_equal_hugging_faces_gpt2(dag_depth):
     transformers = pytest.importorskip("transformers")
     shape = dict(vocab_size=61, n_positions=24, n_embd=32, n_layer=3, n_head=4)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0)
+    ).eval()
     for parameter in theirs.parameters():  # also biases and LayerNorms, which start at 0 and 1
         parameter.normal_(std=0.3)
     ours = GPT.from_huggingface(theirs, dag_depth=dag_depth).eval()

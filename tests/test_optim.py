@@ -96,9 +96,14 @@ def schedules(draw):
     """Settings whose ramps do not overlap."""
     warmup, stable, decay = (draw(st.integers(0, 300)) for _ in range(3))
     peak = draw(st.floats(1e-6, 1.0))
-    return dict(schedule=draw(st.sampled_from(sorted(SCHEDULES))), learning_rate=peak,
-                min_lr=peak * draw(st.floats(0, 1)), warmup_iters=warmup,
-                decay_iters=warmup + stable + decay, wsd_decay_iters=decay)
+    return dict(
+        schedule=draw(st.sampled_from(sorted(SCHEDULES))),
+        learning_rate=peak,
+        min_lr=peak * draw(st.floats(0, 1)),
+        warmup_iters=warmup,
+        decay_iters=warmup + stable + decay,
+        wsd_decay_iters=decay,
+    )
 
 
 @given(schedules(), st.integers(0, 1000))

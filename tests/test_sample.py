@@ -32,9 +32,16 @@ def save_run(folder, tokenizer, documents=True, lines=LINES):
         optimizer.step()
         optimizer.zero_grad()
     state = checkpoint.Checkpoint(
-        step=60, model=model.state_dict(), optimizer={}, model_config=asdict(model.config),
-        train_config=dict(data_dir=str(folder / "data"), dataset="sums", batch_size=1, block_size=longest, seed=1),
-        tokenizer=tokenizer.to_json(), loader=dict(documents=documents), rng={},
+        step=60,
+        model=model.state_dict(),
+        optimizer={},
+        model_config=asdict(model.config),
+        train_config=dict(
+            data_dir=str(folder / "data"), dataset="sums", batch_size=1, block_size=longest, seed=1
+        ),
+        tokenizer=tokenizer.to_json(),
+        loader=dict(documents=documents),
+        rng={},
     )
     splits = {"train": lines, "val": lines}
     write_dataset(folder / "data" / "sums", "sums", tokenizer, splits, documents=documents)
@@ -224,4 +231,3 @@ def test_a_data_set_without_problems_has_its_loss(call, tmp_path):
     code, out, err = call(evaluate, f"--out_dir={tmp_path}")
     scores = json.loads(out.splitlines()[-1])
     assert (code, err) == (0, "") and scores["n"] == 0 and scores["exact"] is None and scores["val_loss"] < 1
-

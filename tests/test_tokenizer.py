@@ -5,13 +5,16 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tokenizer
 from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, build, from_json
 
-SAMPLE = ("the room 12 of the house costs 1234 and the other room costs 12345.\n"
-          "they're sure it isn't the room, it's the other:  naïve café, 日本語\t12+34=46 <|endoftext|>\n") * 4
+SAMPLE = (
+    "the room 12 of the house costs 1234 and the other room costs 12345.\n"
+    "they're sure it isn't the room, it's the other:  naïve café, 日本語\t12+34=46 <|endoftext|>\n"
+) * 4
 BPE = build("bpe", SAMPLE, vocab_size=320)
 
 
@@ -19,8 +22,9 @@ BPE = build("bpe", SAMPLE, vocab_size=320)
 def gpt2(monkeypatch):
     """A GPT-2 tokenizer without a download: the ranks are those of BPE."""
     ranks = {token.encode("latin-1"): rank for rank, token in enumerate(BPE.tokens)}
-    encoding = tokenizer.tiktoken.Encoding("gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks,
-                                           special_tokens={})
+    encoding = tokenizer.tiktoken.Encoding(
+        "gpt2", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={}
+    )
     monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", {"gpt2": encoding}.__getitem__)
     return GPT2Tokenizer()
 
@@ -38,8 +42,11 @@ def test_any_text_survives_a_round_trip(kind, text):
 
 
 @given(st.text("0123456789 ,.-+a\n'é<|endoftext|>"))
-@pytest.mark.parametrize("tok", [build("char", "0123456789 ,.-+a\n'é<|endoftext|>"), ByteTokenizer(), BPE],
-                         ids=lambda tok: tok.kind)
+@pytest.mark.parametrize(
+    "tok",
+    [build("char", "0123456789 ,.-+a\n'é<|endoftext|>"), ByteTokenizer(), BPE],
+    ids=lambda tok: tok.kind,
+)
 def test_every_digit_is_one_token(tok, text):
     tokens = [tok.token_bytes(i) for i in tok.encode(text)]
     digits = [token for token in tokens if re.search(rb"\d", token)]
@@ -61,6 +68,7 @@ def test_gpt2_takes_the_ranks_but_not_the_pattern(gpt2):
 def test_gpt2_offline_says_what_to_do(monkeypatch):
     def offline(name):
         raise ConnectionError("long\nstory")
+
     monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", offline)
     with pytest.raises(OSError, match="TIKTOKEN_CACHE_DIR"):
         GPT2Tokenizer()
@@ -114,11 +122,14 @@ def test_bpe_has_every_byte_and_the_size_asked_for():
     assert BPE.decode([BPE.tokens.index("\xc3")]) == "\ufffd"  # half of a character
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("words", "a b"), "choose one of char"),
-    (("bpe", "a b", 256), "too small"),
-    (("char", "a b", 100), "vocab_size=100"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("words", "a b"), "choose one of char"),
+        (("bpe", "a b", 256), "too small"),
+        (("char", "a b", 100), "vocab_size=100"),
+    ],
+)
 def test_mistakes_are_told(arguments, message):
     with pytest.raises(ValueError, match=message):
         build(*arguments)

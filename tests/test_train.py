@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,19 @@ import train
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=64", "--batch_size=4", "--eval_iters=2",
-        "--warmup_iters=2", "--log_interval=1", "--eval_problems=6", "--device=cpu", "--dtype=float32"]  # fmt: skip
+TINY = [
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=16",
+    "--block_size=64",
+    "--batch_size=4",
+    "--eval_iters=2",
+    "--warmup_iters=2",
+    "--log_interval=1",
+    "--eval_problems=6",
+    "--device=cpu",
+    "--dtype=float32",
+]
 
 
 @pytest.fixture(scope="session")
@@ -28,13 +38,30 @@ def data_dir(tmp_path_factory):
     text = folder / "text.txt"
     text.write_text("".join(f"line {n}: it is {n * n % 97} and not {n + 1}\n" for n in range(400)))
     subprocess.run(
-        [sys.executable, "data/arithmetic/prepare.py", "--lines=3000", "--problems_per_split=20",
-         f"--out_dir={folder}/arithmetic"], cwd=ROOT, check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "data/arithmetic/prepare.py",
+            "--lines=3000",
+            "--problems_per_split=20",
+            f"--out_dir={folder}/arithmetic",
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     subprocess.run(
-        [sys.executable, "data/custom/prepare.py", f"--input={text}", "--name=text", "--tokenizer=byte",
-         f"--out_dir={folder}/text"], cwd=ROOT, check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "data/custom/prepare.py",
+            f"--input={text}",
+            "--name=text",
+            "--tokenizer=byte",
+            f"--out_dir={folder}/text",
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     for name in ("shakespeare_char", "shakespeare", "openwebtext"):
         (folder / name).symlink_to(folder / "text")
     return folder
@@ -68,9 +95,9 @@ def test_every_preset_trains_a_step(run, preset):
     flags = ["--init_from=scratch", "--eval_only=False", "--max_iters=1", "--gradient_accumulation_steps=1"]
     run(f"config/{preset}", *flags, "--out_dir=run")
     assert metrics("run", "train/batch_loss").keys() == {1}
-    fresh = load_file("run/best-00000000/model.safetensors") if Path("run/best-00000000").exists() else None
+    fresh = load_file("run/last-00000000/model.safetensors")
     trained = load_file("run/last-00000001/model.safetensors")
-    assert fresh is None or any(not torch.equal(fresh[name], trained[name]) for name in trained)
+    assert any(not torch.equal(fresh[name], trained[name]) for name in trained)
 
 
 @pytest.mark.parametrize("depth", [0, 3])
@@ -99,17 +126,28 @@ def test_metrics_hold_losses_speed_and_what_the_dag_does(run):
 
 @pytest.mark.parametrize("inputs", ["token", "sequence"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, inputs):
-    flags = ["--dropout=0.2", f"--dag_inputs={inputs}", "--eval_interval=3", "--lr_decay_iters=6",
-             "--gradient_accumulation_steps=2"]  # fmt: skip
+    flags = [
+        "--dropout=0.2",
+        f"--dag_inputs={inputs}",
+        "--eval_interval=3",
+        "--lr_decay_iters=6",
+        "--gradient_accumulation_steps=2",
+    ]
     run(*flags, "--max_iters=6", "--out_dir=whole")
     run(*flags, "--max_iters=3", "--out_dir=halves")
     torch.manual_seed(99)  # whatever happened to the generator in between
-    run("--init_from=resume", "--out_dir=halves", "--max_iters=6")  # the rest of the settings come from the run
+    run(
+        "--init_from=resume", "--out_dir=halves", "--max_iters=6"
+    )  # the rest of the settings come from the run
     whole, halves = checkpoint.load("whole", "last"), checkpoint.load("halves", "last")
     assert whole.step == halves.step == 6
     assert all(torch.equal(whole.model[name], halves.model[name]) for name in whole.model)
-    moments = [tensor for state in (whole, halves) for entry in state.optimizer["state"].values()
-               for tensor in entry.values()]  # fmt: skip
+    moments = [
+        tensor
+        for state in (whole, halves)
+        for entry in state.optimizer["state"].values()
+        for tensor in entry.values()
+    ]
     half = len(moments) // 2
     assert half and all(torch.equal(a, b) for a, b in zip(moments[:half], moments[half:]))
     assert metrics("whole", "train/batch_loss") == metrics("halves", "train/batch_loss")
@@ -125,18 +163,62 @@ def test_runs_are_numbered_and_the_newest_is_resumed(run):
 
 
 def test_patience_stops_a_run_that_no_longer_improves(run):
-    printed = run("--max_iters=50", "--eval_interval=1", "--patience=2", "--learning_rate=0", "--min_lr=0",
-                  "--out_dir=run")  # fmt: skip
+    printed = run(
+        "--max_iters=50",
+        "--eval_interval=1",
+        "--patience=2",
+        "--learning_rate=0",
+        "--min_lr=0",
+        "--out_dir=run",
+    )
     assert "stopping early at step 2" in printed
     assert max(metrics("run", "val/loss")) == 2
 
 
+def files_below(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
 def test_eval_only_changes_nothing(run):
     run("--max_iters=2", "--out_dir=run")
-    before = {path: path.read_bytes() for path in Path("run").glob("*-*/*")}
-    printed = run("--init_from=resume", "--out_dir=run", "--eval_only=True")
-    assert "val loss" in printed
-    assert before == {path: path.read_bytes() for path in Path("run").glob("*-*/*")}
+    before = files_below(".")
+    for flags in (["--init_from=resume", "--out_dir=run"], []):
+        printed = run(*flags, "--eval_only=True")
+        assert "val loss" in printed and "Try next" not in printed
+        assert files_below(".") == before
+
+
+def test_flags_given_on_resume_are_in_force(run):
+    run("--max_iters=2", "--out_dir=run", "--schedule=constant", "--weight_decay=0.5", "--dropout=0.25")
+    run(
+        "--max_iters=3",
+        "--out_dir=run",
+        "--init_from=resume",
+        "--weight_decay=0.25",
+        "--beta2=0.5",
+        "--dropout=0",
+        "--learning_rate=1e-5",
+    )
+    resumed = checkpoint.load("run", "last")
+    assert {group["weight_decay"] for group in resumed.optimizer["param_groups"]} == {0.25, 0.0}
+    assert {tuple(group["betas"]) for group in resumed.optimizer["param_groups"]} == {(0.9, 0.5)}
+    assert resumed.model_config["dropout"] == 0
+    assert resumed.train_config["schedule"] == "constant"
+    assert json.loads(Path("run/config-00000002.json").read_text())["learning_rate"] == 1e-5
+
+
+@pytest.mark.extras
+def test_what_is_saved_names_the_shape_of_pretrained_weights(run, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=64, vocab_size=256)
+    monkeypatch.setattr(
+        transformers.GPT2LMHeadModel, "from_pretrained", lambda name: transformers.GPT2LMHeadModel(theirs)
+    )
+    monkeypatch.setattr(train.tokenizers.ByteTokenizer, "kind", "gpt2")
+    run("--init_from=gpt2", "--dataset=text", "--max_iters=1", "--out_dir=run", "--dag_depth=2")
+    saved = checkpoint.load(tmp_path / "run", "last")
+    assert saved.train_config["n_embd"] == saved.model_config["n_embd"] == 8
+    assert saved.train_config["bias"] is True
 
 
 def refused(run, *arguments):
@@ -149,12 +231,16 @@ def test_a_run_is_never_overwritten(run):
     run("--max_iters=1", "--out_dir=run")
     before = weights("run")
     assert "already holds a run" in refused(run, "--max_iters=1", "--out_dir=run")
+    for name in ("config.json", "metrics.jsonl"):
+        Path("run", name).unlink()  # the checkpoints alone are a run too
+    assert "already holds a run" in refused(run, "--max_iters=1", "--out_dir=run")
     assert all(torch.equal(before[name], tensor) for name, tensor in weights("run").items())
 
 
 def test_errors_say_what_to_do(run, data_dir):
     assert "no checkpoint in nowhere" in refused(run, "--init_from=resume", "--out_dir=nowhere")
     assert "nothing to resume" in refused(run, "--init_from=resume")
+    assert "--out_dir=run" in refused(run, "--init_from=resume", "--out_dir=run/last-00000001")
     assert "data/custom/prepare.py" in refused(run, "--dataset=missing")
     run("--max_iters=1", "--out_dir=run")
     assert "block_size=128" in refused(run, "--init_from=resume", "--out_dir=run", "--block_size=128")
@@ -173,8 +259,14 @@ def test_a_missing_gpu_is_one_line_and_exit_code_2(run_script, tmp_path):
 
 def test_a_diverging_run_stops_with_an_error_and_keeps_the_good_checkpoint(run):
     with pytest.raises(SystemExit) as caught:
-        run("--max_iters=40", "--eval_interval=100", "--learning_rate=1e30", "--warmup_iters=0", "--grad_clip=0",
-            "--out_dir=run")  # fmt: skip
+        run(
+            "--max_iters=40",
+            "--eval_interval=100",
+            "--learning_rate=1e30",
+            "--warmup_iters=0",
+            "--grad_clip=0",
+            "--out_dir=run",
+        )
     assert "the loss is nan" in caught.value.code  # a text as code: printed, exit code 1
     kept = checkpoint.load("run", "last")
     assert kept.step == 0 and all(tensor.isfinite().all() for tensor in kept.model.values())
@@ -182,8 +274,15 @@ def test_a_diverging_run_stops_with_an_error_and_keeps_the_good_checkpoint(run):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends_cleanly(data_dir, tmp_path, number):
-    command = [sys.executable, str(ROOT / "train.py"), *TINY, f"--data_dir={data_dir}", "--max_iters=1000000",
-               "--out_dir=run", "--eval_interval=1000000"]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *TINY,
+        f"--data_dir={data_dir}",
+        "--max_iters=1000000",
+        "--out_dir=run",
+        "--eval_interval=1000000",
+    ]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     try:
         for line in process.stdout:
@@ -196,13 +295,27 @@ def test_a_signal_saves_and_ends_cleanly(data_dir, tmp_path, number):
     assert process.returncode == 0
     saved = checkpoint.load(tmp_path / "run", "last")
     assert f"saving at step {saved.step}" in rest and saved.step >= 3
+    assert rest.rstrip().endswith("--init_from=resume --out_dir=run")  # not a shorter run
 
 
 def torchrun(tmp_path, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "train.py"), *TINY, *arguments]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "train.py"),
+        *TINY,
+        *arguments,
+    ]
     return subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
@@ -239,9 +352,21 @@ def test_compiled_and_eager_training_agree(run):
 
 @pytest.mark.slow
 def test_no_compiler_is_said_once_and_training_goes_on(data_dir, run_script, tmp_path):
-    without = {"CXX": "/nonexistent/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PATH": "/nonexistent"}
-    done = run_script("train.py", *TINY, f"--data_dir={data_dir}", "--compile=true", "--max_iters=2", "--out_dir=run",
-                      cwd=tmp_path, env=without)  # fmt: skip
+    without = {
+        "CXX": "/nonexistent/c++",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "PATH": "/nonexistent",
+    }
+    done = run_script(
+        "train.py",
+        *TINY,
+        f"--data_dir={data_dir}",
+        "--compile=true",
+        "--max_iters=2",
+        "--out_dir=run",
+        cwd=tmp_path,
+        env=without,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("torch.compile does not work here") == 1
     assert checkpoint.load(tmp_path / "run", "last").step == 2

@@ -1,5 +1,4 @@
-"""
-Arithmetic in plain text, a line a document, made on the spot from a seed.
+"""Arithmetic in plain text, a line a document, made on the spot from a seed.
 
     python data/arithmetic/prepare.py
     python data/arithmetic/prepare.py --lines=50_000 --max_digits=2 --out_dir=data/small --seed=7
@@ -135,9 +134,10 @@ Draw = Callable[[random.Random], Problem]
 # ------------------------------------------------------------------------------------------------------------
 # one problem; `digits` is the range that the length of a number is drawn from, before its value
 
+
 def draw_natural(rng: random.Random, digits: range) -> int:
     length = rng.choice(digits)
-    return rng.randrange(10 ** (length - 1) if length > 1 else 0, 10 ** length)
+    return rng.randrange(10 ** (length - 1) if length > 1 else 0, 10**length)
 
 
 def draw_integer(rng: random.Random, digits: range) -> int:
@@ -217,11 +217,13 @@ def draw_decoy(rng: random.Random, digits: range) -> Problem:
 def is_computable(target: int, numbers: list[int]) -> bool:
     """Whether the target is one of the numbers, or + - * / of two of them or of one with itself."""
     return target in numbers or any(
-        target in (a + b, a - b, a * b) or (b != 0 and target * b == a) for a in numbers for b in numbers)
+        target in (a + b, a - b, a * b) or (b != 0 and target * b == a) for a in numbers for b in numbers
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
 # kinds of problems and their splits
+
 
 def interpolation(settings: Settings) -> dict[str, Draw]:
     """What the corpus is made of, by the keys of MIX; three and four numbers only up to max_operands."""
@@ -234,7 +236,7 @@ def interpolation(settings: Settings) -> dict[str, Draw]:
         "sentences": partial(draw_sentence, templates=TEMPLATES, digits=digits),
         "decoys": partial(draw_decoy, digits=digits),
     }
-    for kind in ("three_numbers", "four_numbers")[settings.max_operands - 2:]:
+    for kind in ("three_numbers", "four_numbers")[settings.max_operands - 2 :]:
         del kinds[kind]
     return {kind: partial(draw_fitting, draw=draw) for kind, draw in kinds.items()}
 
@@ -259,7 +261,7 @@ def draw_fitting(rng: random.Random, draw: Draw) -> Problem:
 
 def split_of(problem: Problem) -> str:
     numbers = " ".join(sorted(NUMBER.findall(problem.prompt)))
-    place = int.from_bytes(hashlib.blake2b(numbers.encode(), digest_size=4).digest(), "big") / 2 ** 32
+    place = int.from_bytes(hashlib.blake2b(numbers.encode(), digest_size=4).digest(), "big") / 2**32
     return "val" if place < VAL else "test" if place < VAL + TEST else "train"
 
 
@@ -297,8 +299,10 @@ def draw_distinct(name: str, draw: Draw, split: str, settings: Settings) -> list
             found.setdefault(without_blanks(problem.prompt), problem)
         if len(found) == wanted:
             return list(found.values())
-    raise ValueError(f"found only {len(found)} different problems for {name}: raise --max_digits or lower "
-                     f"--problems_per_split={wanted}")
+    raise ValueError(
+        f"found only {len(found)} different problems for {name}: raise --max_digits or lower "
+        f"--problems_per_split={wanted}"
+    )
 
 
 def without_blanks(text: str) -> str:
@@ -314,16 +318,24 @@ def prepare(settings: Settings) -> dict:
     for name, problems in draw_problems(settings):
         lines = [f"{problem.prompt}\t{problem.answer}\n" for problem in problems]
         (folder / f"{name}.tsv").write_text("".join(lines), encoding="ascii")
-    return write_dataset(settings.out_dir, "arithmetic", CharTokenizer(ALPHABET), draw_corpus(settings),
-                         documents=True, prepare=to_dict(settings))
+    return write_dataset(
+        settings.out_dir,
+        "arithmetic",
+        CharTokenizer(ALPHABET),
+        draw_corpus(settings),
+        documents=True,
+        prepare=to_dict(settings),
+    )
 
 
 def main():
     settings = load(Settings)
     splits = prepare(settings)["splits"]
     for split in splits:
-        print(f"{settings.out_dir}: {split} has {splits[split]['documents']:,} lines, "
-              f"{splits[split]['tokens']:,} tokens")
+        print(
+            f"{settings.out_dir}: {split} has {splits[split]['documents']:,} lines, "
+            f"{splits[split]['tokens']:,} tokens"
+        )
 
 
 if __name__ == "__main__":

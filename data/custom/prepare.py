@@ -1,5 +1,4 @@
-"""
-Your own text as a data set, data/<name>/.
+"""Your own text as a data set, data/<name>/.
 
     python data/custom/prepare.py --name=mine --input=train.txt                        # characters, a stream
     python data/custom/prepare.py --name=mine --input=train.txt --val=val.txt --tokenizer=bpe --vocab_size=999
@@ -33,8 +32,9 @@ class Settings:
     name: str = setting("", "of the data set, as in train.py --dataset=NAME")
     tokenizer: str = setting("char", "how text becomes tokens", choices=("char", "byte", "gpt2", "bpe"))
     vocab_size: int | None = setting(None, "of a bpe tokenizer, which is trained on the input", minimum=257)
-    documents: str = setting("stream", "one stream, or every line a document that is never cut",
-                             choices=("lines", "stream"))
+    documents: str = setting(
+        "stream", "one stream, or every line a document that is never cut", choices=("lines", "stream")
+    )
     out_dir: str = setting("", "where the data set is written; empty is data/<name>")
     overwrite: bool = setting(False, "replace a data set that was prepared from something else")
 
@@ -76,8 +76,14 @@ def split_text(settings: Settings) -> dict[str, list[str]]:
     texts = [read_text(path) for path in (settings.input, settings.val) if path]
     if settings.documents == "lines":
         lines = [[line for line in text.split("\n") if line.strip()] for text in texts]
-        train, val = lines if settings.val else ([line for line in lines[0] if not is_val(line)],
-                                                 [line for line in lines[0] if is_val(line)])
+        train, val = (
+            lines
+            if settings.val
+            else (
+                [line for line in lines[0] if not is_val(line)],
+                [line for line in lines[0] if is_val(line)],
+            )
+        )
     else:
         cut = int(0.9 * len(texts[0]))
         train, val = map(list, map(pieces, texts if settings.val else (texts[0][:cut], texts[0][cut:])))
@@ -86,8 +92,10 @@ def split_text(settings: Settings) -> dict[str, list[str]]:
 
 def refuse_to_overwrite(out_dir: Path, origin: dict):
     if (out_dir / "meta.json").exists() and read_meta(out_dir)["prepare"] != origin:
-        raise ValueError(f"{out_dir} holds a data set prepared from something else: choose another --name, "
-                         f"or say --overwrite=True")
+        raise ValueError(
+            f"{out_dir} holds a data set prepared from something else: choose another --name, "
+            f"or say --overwrite=True"
+        )
 
 
 def prepare(settings: Settings) -> dict:
@@ -100,8 +108,9 @@ def prepare(settings: Settings) -> dict:
     # characters that only val has are in the vocabulary too; what bpe joins is learned from train alone
     known = splits.values() if settings.tokenizer == "char" else [splits["train"]]
     tokenizer = build(settings.tokenizer, (text for texts in known for text in texts), settings.vocab_size)
-    return write_dataset(out_dir, settings.name, tokenizer, splits, documents=settings.documents == "lines",
-                         prepare=origin)
+    return write_dataset(
+        out_dir, settings.name, tokenizer, splits, documents=settings.documents == "lines", prepare=origin
+    )
 
 
 def main():

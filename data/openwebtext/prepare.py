@@ -1,5 +1,4 @@
-"""
-OpenWebText, the open copy of GPT-2's training text: 8 million documents, about 9 billion tokens, 18 GB.
+"""OpenWebText, the open copy of GPT-2's training text: 8 million documents, about 9 billion tokens, 18 GB.
 
     pip install datasets
     python data/openwebtext/prepare.py              # hours; if it is interrupted, the same command goes on
@@ -32,8 +31,11 @@ DOCUMENTS_AT_ONCE = 1024  # encoded side by side
 @dataclass(frozen=True)
 class Settings:
     out_dir: str = setting(str(Path(__file__).parent), "where the data set is written")
-    source: str = setting("Skylion007/openwebtext", "a data set on the Hugging Face hub with a column text; "
-                          "or json:FILE, parquet:FILE or text:FILE (a document a line)")
+    source: str = setting(
+        "Skylion007/openwebtext",
+        "a data set on the Hugging Face hub with a column text; "
+        "or json:FILE, parquet:FILE or text:FILE (a document a line)",
+    )
     tokenizer: str = setting("gpt2", "byte is for trials", choices=("gpt2", "byte"))
     val_every: int = setting(2000, "each document whose number is a multiple of this goes to val", minimum=2)
     shard_tokens: int = setting(100_000_000, "tokens in a shard", minimum=1)
@@ -54,15 +56,23 @@ def stream_documents(source: str, start: int) -> Iterator[str]:
         for row in data.skip(start):
             yield row["text"]
     except (RuntimeError, KeyError) as error:  # what datasets raises for sources it cannot read
-        raise ValueError(f"{source} cannot be read ({error!r}): give a --source with a split `train` and a "
-                         f"column `text`") from error
+        raise ValueError(
+            f"{source} cannot be read ({error!r}): give a --source with a split `train` and a column `text`"
+        ) from error
 
 
 def prepare(settings: Settings) -> dict:
     tokenizer = build(settings.tokenizer, "")
     origin = {key: getattr(settings, key) for key in ("source", "val_every", "shard_tokens")}
-    writer = DatasetWriter(settings.out_dir, "openwebtext", tokenizer, documents=False,
-                           shard_tokens=settings.shard_tokens, prepare=origin, resume=True)
+    writer = DatasetWriter(
+        settings.out_dir,
+        "openwebtext",
+        tokenizer,
+        documents=False,
+        shard_tokens=settings.shard_tokens,
+        prepare=origin,
+        resume=True,
+    )
     if writer.consumed:
         print(f"continuing after {writer.consumed:,} documents")
     documents = stream_documents(settings.source, writer.consumed)

@@ -1,5 +1,4 @@
-"""
-Tiny Shakespeare, a character a token: 1,003,854 for training and the last tenth, 111,540, for validation.
+"""Tiny Shakespeare, a character a token: 1,003,854 for training and the last tenth, 111,540, for validation.
 
     python data/shakespeare_char/prepare.py                      # downloads 1.1 MB
     python data/shakespeare_char/prepare.py --input=input.txt    # or takes a copy, where there is no network
@@ -43,20 +42,28 @@ def download(settings: Settings) -> bytes:
             return response.content
         except requests.RequestException as error:
             failure = error
-    raise OSError(f"no download from {settings.url} ({failure}): get the file elsewhere and give it as "
-                  f"--input=FILE") from failure
+    raise OSError(
+        f"no download from {settings.url} ({failure}): get the file elsewhere and give it as --input=FILE"
+    ) from failure
 
 
 def prepare(settings: Settings) -> dict:
     source = settings.input or settings.url
     content = Path(settings.input).read_bytes() if settings.input else download(settings)
     if hashlib.sha256(content).hexdigest() != SHA256:
-        raise ValueError(f"{source} is not tiny Shakespeare, its sha256 is not {SHA256}: get another copy, "
-                         f"or prepare a text of your own with data/custom/prepare.py")
+        raise ValueError(
+            f"{source} is not tiny Shakespeare, its sha256 is not {SHA256}: get another copy, "
+            f"or prepare a text of your own with data/custom/prepare.py"
+        )
     text = content.decode("ascii")
     cut = int(0.9 * len(text))
-    return write_dataset(settings.out_dir, "shakespeare_char", build("char", text),
-                         {"train": [text[:cut]], "val": [text[cut:]]}, documents=False)
+    return write_dataset(
+        settings.out_dir,
+        "shakespeare_char",
+        build("char", text),
+        {"train": [text[:cut]], "val": [text[cut:]]},
+        documents=False,
+    )
 
 
 def main():

@@ -494,8 +494,9 @@ class GPT(nn.Module):
         With a cache, `idx` holds only the tokens after those the cache has; call `cache.commit()` afterwards.
         """
         if cache is None:
-            assert idx.size(1) <= self.config.block_size, f"{idx.size(1)} tokens do not fit the context"
-            positions = torch.arange(idx.size(1), device=idx.device)
+            T, limit = idx.size(1), self.config.block_size
+            assert T <= limit, f"{T} tokens, block_size {limit}"
+            positions = torch.arange(T, device=idx.device)
         else:
             positions = cache.begin(idx.size(1))
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))

@@ -53,7 +53,7 @@ def generate(
     endings = [list(sequence) for sequence in stop]
     uniform = random_numbers(len(prompts), max_new_tokens, seed).to(device)
     running = set(range(len(prompts)))
-    cache = None
+    cache = tokens = None
     for step in range(max_new_tokens):
         if not running:
             break

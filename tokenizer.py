@@ -12,8 +12,6 @@ Sources: GPT-2's vocabulary and pattern, https://github.com/openai/gpt-2/blob/ma
 encoding, https://github.com/openai/tiktoken; training, https://github.com/huggingface/tokenizers
 """
 
-import hashlib
-import json
 from collections.abc import Iterable
 
 import numpy as np
@@ -50,10 +48,6 @@ class Tokenizer:
     def to_json(self) -> dict:
         """{"kind": ..., and the arguments of the class}"""
         return {"kind": self.kind}
-
-    def fingerprint(self) -> str:
-        """Equal for equal vocabularies: a checkpoint and its data must agree on it."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class CharTokenizer(Tokenizer):

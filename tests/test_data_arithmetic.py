@@ -221,7 +221,7 @@ def test_equal_seeds_give_equal_files_and_others_do_not(data, other_seed, tmp_pa
     random.seed(99)  # the state of the global generator is no part of it
     again = Prepared(tmp_path, lines=6000, problems_per_split=40)
     assert again.meta["splits"] == data.meta["splits"] and again.problems == data.problems
-    assert other_seed.tokenizer.fingerprint() == data.tokenizer.fingerprint()
+    assert other_seed.tokenizer.to_json() == data.tokenizer.to_json()
     for split in ("train", "val"):
         assert other_seed.meta["splits"][split]["sha256"] != data.meta["splits"][split]["sha256"]
     assert all(other_seed.problems[name] != data.problems[name] for name in data.problems)

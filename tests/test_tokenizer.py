@@ -75,18 +75,12 @@ def test_gpt2_offline_says_what_to_do(monkeypatch):
 
 
 @pytest.mark.parametrize("tok", [build("char", SAMPLE), ByteTokenizer(), BPE], ids=lambda tok: tok.kind)
-def test_json_keeps_ids_and_fingerprint(tok):
+def test_json_keeps_the_vocabulary(tok):
     again = from_json(json.loads(json.dumps(tok.to_json())))
     assert type(again) is type(tok)
-    assert again.to_json() == tok.to_json() and again.fingerprint() == tok.fingerprint()
+    assert again.to_json() == tok.to_json()
     assert (again.vocab_size, again.separator_id) == (tok.vocab_size, tok.separator_id)
     assert again.encode(SAMPLE) == tok.encode(SAMPLE)
-
-
-def test_fingerprints_tell_vocabularies_apart():
-    shorter = BPETokenizer(BPE.tokens[:300])
-    toks = [CharTokenizer("ab\n"), CharTokenizer("ba\n"), ByteTokenizer(), BPE, shorter]
-    assert len({tok.fingerprint() for tok in toks}) == len(toks)
 
 
 @pytest.mark.parametrize("tok", [CharTokenizer("ab\n"), ByteTokenizer()], ids=lambda tok: tok.kind)

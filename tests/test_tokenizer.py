@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tokenizer
-from tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, build, from_json
+from tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, build, from_json
 
 SAMPLE = (
     "the room 12 of the house costs 1234 and the other room costs 12345.\n"

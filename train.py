@@ -195,7 +195,8 @@ def show_problems(display: Display, attempts: list[tasks.Attempt], wrong: int = 
     """A few problems of an evaluation: failures say more than successes."""
     solved = [attempt for attempt in attempts if attempt.correct]
     failed = [attempt for attempt in attempts if not attempt.correct]
-    for attempt in solved[:right] + failed[:wrong]:
+    spread = failed[:: max(1, len(failed) // wrong)][:wrong]  # they are in the order of the splits
+    for attempt in solved[:right] + spread:
         mark = "solved" if attempt.correct else f"failed, {attempt.answer} is right"
         display.say(f"    {attempt.prompt}{attempt.output}  ({mark})")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import engine
 import runtime
 import tokenizer as tokenizers
 from configurator import load, run_script, setting
@@ -125,17 +126,19 @@ def main() -> None:
             samples[row].show()
         return ended
 
+    sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    engine.check(
+        [prompt], model.config.block_size, config.max_new_tokens, **sampling
+    )  # before anything is shown
     print(start, end="", flush=True)
     with runtime.autocast(device, runtime.resolve_dtype(config.dtype, device)):
         generate(
             model,
             [prompt] * config.num_samples,
             config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
             seed=config.seed,
             on_token=on_token,
+            **sampling,
         )
     samples[0].show(final=True)
     for sample in samples[1:]:

@@ -477,8 +477,9 @@ def main() -> None:
         print(
             f"checkpoints in {run_dir}: last at step {iteration}, best at validation loss {best_loss:.4f}. Try next:"
         )
-        print(f'  python sample.py --out_dir={run_dir} --start="{start}"')
-        print(f"  python evaluate.py --out_dir={run_dir}")
+        which = " --checkpoint=last" if stop.signal else ""  # the best is only as new as the last evaluation
+        print(f'  python sample.py --out_dir={run_dir}{which} --start="{start}"')
+        print(f"  python evaluate.py --out_dir={run_dir}{which}")
         print(f"  python train.py --init_from=resume --out_dir={run_dir}{longer}")
     processes.close()
 

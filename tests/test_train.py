@@ -295,6 +295,7 @@ def test_a_signal_saves_and_ends_cleanly(data_dir, tmp_path, number):
     assert process.returncode == 0
     saved = checkpoint.load(tmp_path / "run", "last")
     assert f"saving at step {saved.step}" in rest and saved.step >= 3
+    assert "sample.py --out_dir=run --checkpoint=last" in rest
     assert rest.rstrip().endswith("--init_from=resume --out_dir=run")  # not a shorter run
 
 

@@ -472,7 +472,7 @@ def main() -> None:
     display.close()
     if logger:
         logger.finish()
-        start = min((problem.prompt for problem in problems), key=len, default="The ")
+        start = min((problem.prompt for problem in problems), key=len, default="")  # empty begins a document
         longer = f" --max_iters={2 * iteration}" if iteration >= config.max_iters else ""
         print(
             f"checkpoints in {run_dir}: last at step {iteration}, best at validation loss {best_loss:.4f}. Try next:"

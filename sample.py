@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import engine
 import runtime
 import tokenizer as tokenizers
 from configurator import load, run_script, setting
 from dag_model import GPT
-from engine import generate
+from engine import check, generate
 
 FILE = "FILE:"
 
@@ -127,7 +126,7 @@ def main() -> None:
         return ended
 
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    engine.check(
+    check(
         [prompt], model.config.block_size, config.max_new_tokens, **sampling
     )  # before anything is shown
     print(start, end="", flush=True)

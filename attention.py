@@ -27,6 +27,9 @@ class Cache:
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # tokens held, per row
         self.longest = 0  # the same for the longest row, known to the host without a device sync
         self.store: dict[tuple[nn.Module, str], torch.Tensor] = {}
+        self.prompts = self.rows = self.bias = (
+            None  # what GPT keeps of the prompts, and of every row while decoding
+        )
 
     def begin(self, num_tokens: int) -> torch.Tensor:
         """Positions (B, T) of the tokens that come next; raises ValueError beyond block_size."""
@@ -63,7 +66,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options) -> torc
 
 
 class CausalSelfAttention(nn.Module):
-    """(B, T, C) -> (B, T, C); position t sees positions 0..t of its row."""
+    """(B, T, C) -> (B, T, C); position t sees positions 0..t of its row, or what a mask (B, 1, T, P) says: whether it
+    sees a position (bool), or what is added to the logits."""
 
     def __init__(self, config):
         super().__init__()
@@ -73,13 +77,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cache: Cache | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, H, C/H)
-        mask = None
         if cache is not None:
             k, v = cache.extend(self, "k", k), cache.extend(self, "v", v)
-            mask = cache.visible[:, None]  # (B, 1, T, P)
+            mask = cache.visible[:, None] if mask is None else mask
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
         y = attend(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)

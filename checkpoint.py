@@ -321,7 +321,8 @@ def rebuild_config(cls: type[T], saved: dict[str, Any], written_by: str = "anoth
 def rebuild_model(checkpoint: Checkpoint, **overrides: Any) -> GPT:
     """The model as it was saved, but for `overrides` of its config, on the CPU, in train mode."""
     config = rebuild_config(GPTConfig, checkpoint.model_config, checkpoint.written_by)
-    model = GPT(dataclasses.replace(config, **overrides))
+    vocabulary = tokenizer.from_json(checkpoint.tokenizer).vocabulary
+    model = GPT(dataclasses.replace(config, **overrides), vocabulary)
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:

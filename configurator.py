@@ -363,13 +363,29 @@ class TrainConfig:
     bias: bool = setting(False, "biases in linear layers and layer norms, as in GPT-2")
 
     dag_depth: int = setting(4, "steps of the computation; 0 is the plain GPT", minimum=0, section="dag")
-    dag_inputs: str = setting("token", "where input values come from", choices=("token", "sequence"))
-    dag_values: str = setting("learned", "how input values are read", choices=("learned",))
-    dag_plan: str = setting(
-        "straight_through", "how operands and operations are chosen", choices=("soft", "straight_through")
+    dag_inputs: str = setting(
+        "numbers",
+        "what plans compute with: the numbers of the text, the token's own value, a value of every token so far",
+        choices=("numbers", "token", "sequence"),
     )
-    dag_fold: str = setting("value", "how the result returns to the hidden state", choices=("value",))
+    dag_values: str = setting("literal", "how input values are read", choices=("literal", "learned"))
+    dag_plan: str = setting(
+        "searched",
+        "how plans are made and learned",
+        choices=("searched", "sampled", "straight_through", "soft"),
+    )
+    dag_fold: str = setting(
+        "digits", "how the result returns to the hidden state", choices=("digits", "value")
+    )
     dag_ops: str = setting("all", "operations by name, separated by commas, or all")
+    dag_num_inputs: int = setting(8, "the newest numbers that a plan can see", minimum=1)
+    dag_digits: int = setting(36, "digits that exact results may have", minimum=1)
+    dag_leaves: int = setting(
+        3,
+        "numbers in the longest plans searched for the loss; with all operations 4 are many",
+        minimum=1,
+        below=6,
+    )
     dag_context: str = setting(
         "linear", "what values and plans are read from", choices=("linear", "attention")
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from dag_model import GPT, DAGState
+from dag_model import GPT, DAGState, DenseState
 
 WANDB_SETTINGS = dict(
     silent=True,  # its banners would tear the progress bar; one line of ours says where the run is
@@ -71,34 +71,20 @@ class DAGLogger:
         if self.run is not None:
             self._try_wandb(self.run.log, {name: v for name, v in finite.items() if v is not None}, step=step)
 
-    def dag_statistics(self, state: DAGState | None, names: list[str]) -> dict[str, float]:
+    def dag_statistics(self, state: DAGState | DenseState | None, names: list[str]) -> dict[str, float]:
         """Plain floats about `model.inspect(idx)`; `names` are the operations. {} for a plain GPT's None.
 
-        Means over all positions: the gate's mean, standard deviation and share above 0.5, the share of valid
-        results, the norm of the folded result and of what the gate lets through. Means over positions and
-        steps: how often each operation is used, how much operands read from earlier results. Entropies in
-        nats of the use of operations and slots: 0 says that the DAG always does the same.
+        Of either kind of DAG the gate's mean, standard deviation and share above 0.5 over all positions.
         """
         if state is None:
             return {}
-        plan, gate, folded = state.plan, state.gate.float(), state.folded.float()
-        D = plan.operation.size(2)
-        operation_use = plan.operation.float().mean((0, 1, 2))  # (O,)
-        slot_use = plan.operands.float().mean((0, 1, 2))  # (2, S)
+        gate = state.gate.float()
         statistics = {
             "gate_mean": gate.mean(),
             "gate_std": gate.std(correction=0),
             "gate_open": (gate > 0.5).float().mean(),
-            "valid_results": state.validity[..., -D:].mean(),
-            "valid_final": state.validity[..., -1].mean(),
-            "folded_norm": folded.norm(dim=-1).mean(),
-            "gated_norm": (gate * folded).norm(dim=-1).mean(),
-            "operation_entropy": entropy(operation_use),
-            "operand1_entropy": entropy(slot_use[0]),
-            "operand2_entropy": entropy(slot_use[1]),
-            "operands_from_results": slot_use[:, -D:].sum() / 2,
         }
-        statistics |= {f"use/{name}": use for name, use in zip(names, operation_use, strict=True)}
+        statistics |= (dense_statistics if isinstance(state, DenseState) else plan_statistics)(state, names)
         self.latest = to_floats(statistics)
         return self.latest
 
@@ -115,7 +101,9 @@ class DAGLogger:
             gradients = [p.grad.float().norm() for p in module.parameters() if p.grad is not None]
             if gradients:
                 norms[f"gradient_norm/{part}"] = torch.stack(gradients).norm()
-        scores = model.dag.planner.operation_score.weight.grad  # (D * O, C)
+        scores = (
+            model.dag.planner.operation_score.weight.grad
+        )  # (O, C), or (D * O, C) with scores for every step
         if scores is not None:
             by_operation = scores.float().unflatten(0, (-1, len(model.dag.names))).norm(dim=(0, 2))  # (O,)
             norms |= {f"gradient_norm/{name}": norm for name, norm in zip(model.dag.names, by_operation)}
@@ -157,6 +145,47 @@ class DAGLogger:
             print(f"W&B is off from here on ({reason}); {self.path} has everything", file=sys.stderr)
 
 
+def dense_statistics(state: DenseState, names: list[str]) -> dict[str, torch.Tensor]:
+    """The share of valid results, the norm of the folded result and of what the gate lets through: means over all
+    positions. How often each operation is used, how much operands read from earlier results: means over positions
+    and steps. Entropies in nats of the use of operations and slots: 0 says that the DAG always does the same.
+    """
+    plan, folded = state.plan, state.folded.float()
+    D = plan.operation.size(2)
+    operation_use = plan.operation.float().mean((0, 1, 2))  # (O,)
+    slot_use = plan.operands.float().mean((0, 1, 2))  # (2, S)
+    statistics = {
+        "valid_results": state.validity[..., -D:].mean(),
+        "valid_final": state.validity[..., -1].mean(),
+        "folded_norm": folded.norm(dim=-1).mean(),
+        "gated_norm": (state.gate.float() * folded).norm(dim=-1).mean(),
+        "operation_entropy": entropy(operation_use),
+        "operand1_entropy": entropy(slot_use[0]),
+        "operand2_entropy": entropy(slot_use[1]),
+        "operands_from_results": slot_use[:, -D:].sum() / 2,
+    }
+    return statistics | {f"use/{name}": use for name, use in zip(names, operation_use, strict=True)}
+
+
+def plan_statistics(state: DAGState, names: list[str]) -> dict[str, torch.Tensor]:
+    """The number of plans, and over all of them: the share that has a result, the mean probability, how often each
+    operation is used a step, and the entropy of that in nats. {"plans": 0} where the text has no numbers.
+    """
+    count = len(state.row)
+    statistics = {"plans": torch.tensor(float(count))}
+    if count == 0:
+        return statistics
+    uses = torch.bincount(state.plans.operation.flatten().cpu(), minlength=len(names)).float()
+    operation_use = uses / uses.sum()
+    valid = sum(text is not None for text in state.written) / count
+    statistics |= {
+        "valid_final": torch.tensor(valid),
+        "plan_probability": state.log_probability.exp().mean().cpu(),
+        "operation_entropy": entropy(operation_use),
+    }
+    return statistics | {f"use/{name}": use for name, use in zip(names, operation_use, strict=True)}
+
+
 def keep_until(path: Path, last_step: int) -> None:
     """Drop what a metrics file holds after `last_step`, and a line that a crash left half written."""
     if not path.exists():
@@ -184,4 +213,9 @@ def to_floats(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
     """Named scalars as floats under "dag/". The host waits for the device, once."""
     if not tensors:
         return {}
-    return dict(zip((f"dag/{name}" for name in tensors), torch.stack(list(tensors.values())).tolist()))
+    return dict(
+        zip(
+            (f"dag/{name}" for name in tensors),
+            torch.stack([tensor.cpu() for tensor in tensors.values()]).tolist(),
+        )
+    )

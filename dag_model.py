@@ -1,32 +1,52 @@
 """A GPT with a differentiable DAG: read this file first.
 
-After the transformer's last LayerNorm every position may plan a short computation, run it, and fold the
-result back into its hidden state before the language-model head. With dag_depth=0 the same class is the
-plain GPT, and the baseline.
+After the transformer's last LayerNorm the model may plan a short computation over the numbers it has read, run it
+exactly, and offer the result's digits to its language-model head, under a learned gate. With dag_depth=0 the same
+class is the plain GPT, and the baseline.
 
-    text -> GPT trunk -> hidden -> values -> plan -> execute -> fold -> hidden -> head -> text
+    12 + 7 * 3 =          numbers 3, 7, 12 (the newest first) stand in slots 0, 1, 2
+                          plan: multiply slots 0 and 1 into slot K; add slots 2 and K into slot K + 1; an integer
+                          offered while the number is written: "3", then "3", then that it is over
 
 - trunk: GPT-2 (Radford et al. 2019) as nanoGPT shapes it; loads Hugging Face's weights
-- DAG: an append-only list of S = K + D slots a position. K inputs hold values, each of the D = dag_depth
-  steps picks two visible slots and an operation, and appends its result. Nothing is ever overwritten.
-- visibility is masked before the softmax, so the visible operands always carry all of the probability
-- an operation that has no value there (x/0, log of x <= 0, a result out of range) makes its slot invalid
-- causal at every position; deterministic in eval; finite values and gradients at any depth
-- four independent choices, each a string with a registry: INPUTS, VALUES, PLANS, FOLDS
+- numbers are read from the digits (numerals.py), results are exact at any length (exact.py)
+- one plan a number, made at the position before it, held while the text follows what it offers (readout.py)
+- operations, operands and format are chosen by the hidden state, step by step, each seeing the choices before
+- learned from plain text: a plan whose written result is the number that follows in the text explains it, and the
+  planner's loss is minus the log-probability of all such plans found (plan_search.py). No labels, and no gradient
+  through values
+- causal at every position; deterministic in eval
 
-Legend: B batch, T tokens, C width, K inputs, D steps, S = K + D slots, O operations, P positions in a cache.
+Other systems under the same trunk, chosen by dag_inputs: dense_dag.py.
+
+Legend: B batch, T tokens, C width, K inputs, D steps, S = K + D slots, O operations, F formats, N plans made,
+H hits, P positions in a cache.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from attention import Cache, CausalSelfAttention
+import dense_dag
+import documents
+import exact
+from attention import Cache
+from dense_dag import DenseDAG, DenseState, operation_names
+from documents import NEAR, Row
 from layers import Block
+from numerals import Following, Lexer, Numerals
+from plan_search import MAX_HITS, PlanBank, Plans, Target, logsumexp_by_group, run
+from planner import DAGPlanPredictor, LearnedNumbers, MixedPlanPredictor, as_choices, result_of
+from readout import NOTHING, Offers, digit_weights, spell, spread
+
+SHUT = 0.05  # where the gate would be less open than this, nothing is planned once training is over
+RARELY = 0.05  # half the odds of a search for plans where the gate is shut and the model's own plan fails
+DRAWS, EXPLORE = 64, 0.1  # plans drawn for a number that is not explained, and the odds of a choice at random
 
 
 @dataclass(frozen=True)
@@ -38,414 +58,353 @@ class GPTConfig:
     n_embd: int = 128  # width C
     dropout: float = 0.0  # probability, 0 to 1
     bias: bool = False  # biases in linear maps and LayerNorms, as GPT-2 has them
+    separator_id: int = -1  # attention and positions begin anew after this token; -1 for one endless text
     dag_depth: int = 4  # steps D; 0 is the plain GPT
-    dag_inputs: str = "token"  # a key of INPUTS
-    dag_values: str = "learned"  # a key of VALUES
-    dag_plan: str = "straight_through"  # a key of PLANS
-    dag_fold: str = "value"  # a key of FOLDS
-    dag_ops: str = "all"  # keys of OPERATIONS separated by commas, or "all"
-    dag_context: str = "linear"  # a key of CONTEXTS: what values and plans are read from
+    dag_inputs: str = "numbers"  # a key of INPUTS; all below but depth and operations depend on it
+    dag_values: str = "literal"
+    dag_plan: str = "searched"
+    dag_fold: str = "digits"
+    dag_ops: str = "all"  # keys of exact.OPERATIONS separated by commas, or "all"
+    dag_num_inputs: int = 8  # K, the newest numbers that a plan can see
+    dag_digits: int = 36  # of numerators and denominators; a longer result is none
+    dag_leaves: int = 3  # numbers in the longest plans that are searched for the loss
+    dag_context: str = "linear"  # a key of dense_dag.CONTEXTS, as are the next two of the dense DAGs alone
     dag_post_block: bool = False  # a transformer block between the executed result and the fold
     dag_gate: bool = True  # a learned gate on the fold; without it the result is always added
-
-
-# ----------------------------------------------------------------------------------------------------
-# Operations on the numeric stream
-
-VALUE_LIMIT = 2.0**24  # float32 holds every integer up to here; a result beyond +-VALUE_LIMIT is invalid
-SLOPE_LIMIT = 1.0  # partial derivatives are cut here: D steps then grow a gradient by at most 2^D
-
-
-class Operation(NamedTuple):
-    binary: bool  # whether it looks at b
-    apply: Callable  # (a, b) -> result; infinity or NaN where it has none
-    slopes: Callable  # (a, b, result) -> d result / d a, d result / d b; tensors or numbers
-
-
-def _power(a, b):
-    # A mixture of equal whole numbers is whole only up to rounding, and (-2)^b exists at whole b alone: without
-    # this a soft plan's power would come and go with the order of a sum, and cached decoding would differ.
-    whole = b.round()
-    return torch.pow(a, torch.where((a < 0) & ((b - whole).abs() < 2**-16), whole, b))
-
-
-OPERATIONS = {
-    "add": Operation(True, torch.add, lambda a, b, result: (1.0, 1.0)),
-    "subtract": Operation(True, torch.sub, lambda a, b, result: (1.0, -1.0)),
-    "multiply": Operation(True, torch.mul, lambda a, b, result: (b, a)),
-    "divide": Operation(True, torch.div, lambda a, b, result: (1 / b, -result / b)),
-    "identity": Operation(False, lambda a, b: a, lambda a, b, result: (1.0, 0.0)),
-    "power": Operation(True, _power, lambda a, b, result: (b * _power(a, b - 1), result * torch.log(a))),
-    "log": Operation(False, lambda a, b: torch.log(a), lambda a, b, result: (1 / a, 0.0)),
-    "max": Operation(True, torch.maximum, lambda a, b, result: (a >= b, a < b)),
-    "min": Operation(True, torch.minimum, lambda a, b, result: (a <= b, a > b)),
-}
-
-
-def operation_names(dag_ops: str) -> list[str]:
-    """The operations named by a config's `dag_ops`, in its order; raises ValueError for an unknown one."""
-    names = list(OPERATIONS) if dag_ops == "all" else [name.strip() for name in dag_ops.split(",")]
-    for name in names:
-        if name not in OPERATIONS:
-            raise ValueError(f"dag_ops names {name!r}; choose from {', '.join(OPERATIONS)}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"dag_ops={dag_ops} names an operation twice")
-    return names
-
-
-def apply_operations(names: list[str], a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every operation in `names` on operands a, b (B, T): results, 0 where invalid, and validity, (B, T, O) each.
-
-    >>> apply_operations(["multiply", "divide"], torch.tensor([[6.0]]), torch.tensor([[0.0]]))
-    (tensor([[[0., 0.]]]), tensor([[[ True, False]]]))
-    """
-    results = torch.stack([OPERATIONS[name].apply(a, b) for name in names], dim=-1)
-    valid = results.abs() <= VALUE_LIMIT  # false for infinity and NaN: x/0, log of x <= 0, 0^-1, (-2)^0.5
-    return results.masked_fill(~valid, 0.0), valid
-
-
-def slopes(names: list[str], a: torch.Tensor, b: torch.Tensor, results: torch.Tensor) -> torch.Tensor:
-    """Partial derivatives (2, B, T, O) by a and b, always finite, within +-SLOPE_LIMIT."""
-    table = a.new_empty(2, *results.shape)
-    for column, name in enumerate(names):
-        for row, slope in zip(table, OPERATIONS[name].slopes(a, b, results[..., column])):
-            row[..., column] = slope
-    return table.nan_to_num_().clamp_(-SLOPE_LIMIT, SLOPE_LIMIT)
-
-
-class Mix(torch.autograd.Function):
-    """sum(weights * values) over the last axis; exact for one-hot weights on any device: no matrix product.
-
-    The weights' gradient is asinh(values), not values. The order of the choices is kept, but one operation
-    that happens to overflow into the millions no longer outshouts every other gradient in the model.
-    """
-
-    @staticmethod
-    def forward(ctx, weights, values):
-        ctx.save_for_backward(weights, values)
-        return (weights * values).sum(-1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        weights, values = ctx.saved_tensors
-        grad = grad[..., None]
-        grad_values = (grad * weights).sum_to_size(values.shape) if ctx.needs_input_grad[1] else None
-        return grad * torch.asinh(values), grad_values
-
-
-class Step(torch.autograd.Function):
-    """One step of a DAG: all operations on a and b (B, T), mixed by `weights` (B, T, O), and their validity.
-
-    Forward it is the operations' own result. Backward it has their slopes, cut at SLOPE_LIMIT and 0 where
-    invalid, which keeps the gradient of a long chain of products finite; weights are treated as in Mix.
-    """
-
-    @staticmethod
-    def forward(ctx, weights, a, b, names):
-        results, valid = apply_operations(names, a, b)
-        ctx.names = names
-        ctx.save_for_backward(weights, a, b, results, valid)
-        ctx.mark_non_differentiable(valid)
-        return (weights * results).sum(-1), valid
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        weights, a, b, results, valid = ctx.saved_tensors
-        slope_a, slope_b = (slopes(ctx.names, a, b, results) * (weights * valid)).sum(-1)
-        return grad[..., None] * torch.asinh(results), grad * slope_a, grad * slope_b, None
-
-
-# ----------------------------------------------------------------------------------------------------
-# Plans: from logits to choices
-
-
-def soft(logits: torch.Tensor) -> torch.Tensor:
-    """Choices (..., N) as a mixture: the softmax of the logits."""
-    return F.softmax(logits, dim=-1)
-
-
-class OneHot(torch.autograd.Function):
-    """The largest logit's choice, exactly one-hot; backward, the gradient of the softmax."""
-
-    @staticmethod
-    def forward(ctx, logits):
-        ctx.save_for_backward(logits)
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-
-    @staticmethod
-    def backward(ctx, grad):
-        probability = F.softmax(ctx.saved_tensors[0], dim=-1)
-        weighted = probability * grad
-        return torch.addcmul(weighted, probability, weighted.sum(-1, keepdim=True), value=-1)
-
-
-def straight_through(logits: torch.Tensor) -> torch.Tensor:
-    """Choices (..., N) as exactly one-hot, with the softmax's gradient (Bengio et al. 2013, 1308.3432)."""
-    return OneHot.apply(logits)
-
-
-PLANS = {"soft": soft, "straight_through": straight_through}
-
-
-class Plan(NamedTuple):
-    operands: torch.Tensor  # (B, T, D, 2, S), in [0, 1], sums to 1 over the slots visible at each step
-    operation: torch.Tensor  # (B, T, D, O), in [0, 1], sums to 1
-
-    @property
-    def operand1(self) -> torch.Tensor:  # (B, T, D, S)
-        return self.operands[:, :, :, 0]
-
-    @property
-    def operand2(self) -> torch.Tensor:  # (B, T, D, S)
-        return self.operands[:, :, :, 1]
-
-
-class DAGState(NamedTuple):
-    """What the DAG did at every position; for tests, logs and pictures."""
-
-    plan: Plan
-    values: torch.Tensor  # (B, T, S), within +-VALUE_LIMIT
-    validity: torch.Tensor  # (B, T, S), in [0, 1]: the probability that the slot holds a value
-    gate: torch.Tensor  # (B, T, 1), in (0, 1), or exactly 1 where the config has no gate
-    folded: torch.Tensor  # (B, T, C), the result as a vector, before the gate
-
-
-# ----------------------------------------------------------------------------------------------------
-# Contexts: the hidden states that values, operands and operations are read from
-
-
-class LinearContexts(nn.Module):
-    """All three are the trunk's hidden state itself."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-
-    def forward(self, hidden: torch.Tensor, cache: Cache | None):
-        return hidden, hidden, hidden
-
-
-class AttentionContexts(nn.Module):
-    """A snap block and token attention before the values, an attention block for each kind of choice."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.snap_block = Block(config)
-        self.token_attention = CausalSelfAttention(config)
-        self.operand_attention = CausalSelfAttention(config)
-        self.operation_attention = CausalSelfAttention(config)
-
-    def forward(self, hidden: torch.Tensor, cache: Cache | None):
-        value_context = self.token_attention(self.snap_block(hidden, cache), cache)
-        return value_context, self.operand_attention(hidden, cache), self.operation_attention(hidden, cache)
-
-
-CONTEXTS = {"linear": LinearContexts, "attention": AttentionContexts}
-
-
-# ----------------------------------------------------------------------------------------------------
-# Values and inputs: which numbers a position can compute with
-
-
-class LearnedValues(nn.Module):
-    """A number for every token, extracted from its context and snapped to an integer.
-
-    (B, T, C) -> (B, T), float32. Rounding passes its gradient straight through: without that the extractor
-    would never learn.
-    """
-
-    scale = 10.0  # a unit of the linear map: a fresh model's values already spread over several integers
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.extract = nn.Linear(config.n_embd, 1)
-
-    def forward(self, context: torch.Tensor) -> torch.Tensor:
-        value = self.scale * self.extract(context.float()).squeeze(-1)
-        return value + (value.round() - value).detach()
-
-
-VALUES = {"learned": LearnedValues}
-
-
-class Inputs(NamedTuple):
-    values: torch.Tensor  # (B, T, K) or (B, 1, K) where all positions share the slots, float32
-    visible: torch.Tensor  # (B, T, K) or (1, T, K), bool, at least one a position
-    logits: torch.Tensor  # (B, T, D, 2, K), how much each step wants each input as operand 1 and 2
-
-
-class TokenInputs(nn.Module):
-    """K = 1: the token's own value and nothing of any other token."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.depth = config.dag_depth
-        self.score = nn.Linear(config.n_embd, config.dag_depth * 2)
-
-    def forward(self, hidden, context, values, cache) -> Inputs:
-        B, T = values.shape
-        logits = self.score(context).view(B, T, self.depth, 2, 1)
-        return Inputs(values[..., None], values.new_ones(1, T, 1, dtype=torch.bool), logits)
-
-
-class SequenceInputs(nn.Module):
-    """K = T: a value for every position up to and including this one, chosen by attention."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.depth, self.key_size = config.dag_depth, config.n_embd // config.n_head
-        self.query = nn.Linear(config.n_embd, config.dag_depth * 2 * self.key_size)
-        self.key = nn.Linear(config.n_embd, self.key_size)
-
-    def forward(self, hidden, context, values, cache) -> Inputs:
-        B, T, _ = hidden.shape
-        key = self.key(hidden)  # (B, K, C/H)
-        visible = torch.ones(T, T, dtype=torch.bool, device=hidden.device).tril()[None]
-        if cache is not None:
-            key, values = cache.extend(self, "key", key), cache.extend(self, "values", values)
-            visible = cache.visible
-        query = self.query(context).view(B, T * self.depth * 2, self.key_size) / math.sqrt(self.key_size)
-        logits = query @ key.transpose(1, 2)
-        return Inputs(values[:, None], visible, logits.view(B, T, self.depth, 2, -1))
-
-
-INPUTS = {"token": TokenInputs, "sequence": SequenceInputs}
 
 
 # ----------------------------------------------------------------------------------------------------
 # The DAG
 
 
-class DAGPlanPredictor(nn.Module):
-    """Chooses, for every position and step, two operands among the slots it can see, and an operation.
+class DAGState(NamedTuple):
+    """What the DAG did, for tests, logs and pictures. N plans, in the order of rows and positions."""
 
-    Step s sees the visible inputs and the results of steps 0..s-1, that is slots 0..K+s-1.
-    """
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.depth = config.dag_depth
-        self.num_operations = len(operation_names(config.dag_ops))
-        self.choose = PLANS[config.dag_plan]
-        self.result_score = nn.Linear(config.n_embd, config.dag_depth * 2 * config.dag_depth)
-        self.operation_score = nn.Linear(config.n_embd, config.dag_depth * self.num_operations)
-
-    def forward(self, inputs: Inputs, operand_context: torch.Tensor, operation_context: torch.Tensor) -> Plan:
-        """Inputs and contexts (B, T, C) -> Plan: operands (B, T, D, 2, S), operations (B, T, D, O)."""
-        B, T, _ = operand_context.shape
-        D = self.depth
-        result_logits = self.result_score(operand_context).view(B, T, D, 2, D)
-        logits = torch.cat([inputs.logits, result_logits], dim=-1).float()  # (B, T, D, 2, S)
-        earlier = torch.ones(D, D, dtype=torch.bool, device=logits.device).tril(-1)  # step s sees results < s
-        visible = torch.cat(
-            [
-                inputs.visible[:, :, None].expand(-1, -1, D, -1),
-                earlier.expand(inputs.visible.size(0), T, D, D),
-            ],
-            dim=-1,
-        )
-        operands = self.choose(logits.masked_fill_(~visible[:, :, :, None], -torch.inf))  # before the softmax
-        operation_logits = self.operation_score(operation_context).view(B, T, D, self.num_operations)
-        return Plan(operands, self.choose(operation_logits.float()))
+    row: torch.Tensor  # (N,)
+    position: torch.Tensor  # (N,), the one before the number
+    plans: Plans  # (N, D) each
+    format: torch.Tensor  # (N,), index into exact.FORMATS
+    log_probability: torch.Tensor  # (N,), of plan and format
+    written: list[str | None]  # N results, None where the plan has none
+    symbols: list[list[int]]  # the same as tokens, see readout.spell
+    offers: Offers  # (B, T) each
+    gate: torch.Tensor  # (B, T, 1), in [0, 1): 0 where nothing is offered
+    plan_loss: torch.Tensor | None  # (), in nats, in training only
 
 
-def execute(plan: Plan, values: torch.Tensor, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Runs the plan over the input values (B, T or 1, K); returns values and validity, float32 (B, T, S) each.
-
-    With one-hot plans, 12 + 7*3 in two steps:
-
-        values = [12, 7, 3]: step 0 multiplies slots 1 and 2 into slot 3, step 1 adds slots 0 and 3 into slot 4
-        -> values [12, 7, 3, 21, 33], validity [1, 1, 1, 1, 1]
-    """
-    B, T, D, _, _ = plan.operands.shape
-    K = values.size(-1)
-    inside = values.abs() <= VALUE_LIMIT  # False for NaN too
-    values = values.masked_fill(~inside, 0.0)
-    validity = inside.float()
-
-    # what every step takes from the inputs, for all steps at once: (B, T, D, 2)
-    from_inputs, from_results = plan.operands.split([K, D], dim=-1)
-    taken = Mix.apply(from_inputs, values[:, :, None, None])
-    with torch.no_grad():
-        taken_validity = (from_inputs * validity[:, :, None, None]).sum(-1)
-
-    results = values.new_zeros(B, T, 1, 0)  # (B, T, 1, steps done)
-    result_validity = results
-    # unbound once: indexing inside the loop would make autograd fill a whole (B, T, D, 2, D) for every step
-    steps = zip(*(part.unbind(2) for part in (taken, taken_validity, from_results, plan.operation)))
-    for step, (operands, have, from_results, operation) in enumerate(steps):
-        from_results = from_results[..., :step]  # (B, T, 2, step)
-        a, b = (operands + Mix.apply(from_results, results)).unbind(-1)  # (B, T)
-        result, applicable = Step.apply(operation, a, b, names)
-        with torch.no_grad():
-            have = have + (from_results * result_validity).sum(-1)
-            have_a, have_b = have.unbind(-1)  # (B, T)
-            needed = [have_a * have_b if OPERATIONS[name].binary else have_a for name in names]
-            valid = (operation * applicable * torch.stack(needed, dim=-1)).sum(-1)
-            valid = valid.clamp(max=1.0)  # rounding errors above 1 would double with every step
-        results = torch.cat([results, result.masked_fill(valid == 0, 0.0)[..., None, None]], dim=-1)
-        result_validity = torch.cat([result_validity, valid[..., None, None]], dim=-1)
-    return (
-        torch.cat([values.expand(B, T, K), results.squeeze(2)], dim=-1),
-        torch.cat([validity.expand(B, T, K), result_validity.squeeze(2)], dim=-1),
-    )
+def to_list(tensor: torch.Tensor) -> list:
+    """tensor.tolist(), ten times as fast. The host waits for the device."""
+    return tensor.cpu().numpy().tolist()
 
 
-class ValueFold(nn.Module):
-    """The final value as a vector: projected, normalised, times a learned scale.
-
-    The projection reads asinh(value): linear near 0, logarithmic far out, and its gradient fades as the
-    value grows, so a huge value can neither drown the hidden state nor blow up the gradient.
-    """
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.project = nn.Linear(1, config.n_embd)
-        self.post_block = Block(config) if config.dag_post_block else None
-        self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.dag_scale = nn.Parameter(torch.empty(()))
-
-    def forward(self, value: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        """(B, T) -> (B, T, C)"""
-        with torch.autocast(value.device.type, enabled=False):  # bf16 would merge 1000 numbers into 143
-            dag_hidden = self.project(torch.asinh(value)[..., None])
-        if self.post_block is not None:
-            dag_hidden = self.post_block(dag_hidden, cache)
-        return self.norm(dag_hidden) * self.dag_scale
+def target_at(following: Following, at) -> Target:
+    """The numbers that open after the positions `at`."""
+    slash, places = following.slash[at], following.places[at]
+    ends_in_zero = (places > 0) & (following.mantissa[at] % 10 == 0)
+    value = following.fraction_value[at].where(slash, following.value[at])
+    return Target(value, places.masked_fill(slash, -1), ends_in_zero)
 
 
-FOLDS = {"value": ValueFold}
+def rounded(value: float) -> exact.Rational | None:
+    """A float as it is, None for NaN."""
+    return None if math.isnan(value) else value.as_integer_ratio()
+
+
+def rational(mantissa: int, places: int) -> exact.Rational:
+    return exact.reduced(mantissa, 10**places) if places else (mantissa, 1)
+
+
+class Sight(NamedTuple):
+    """What the plans at N positions are made from."""
+
+    hidden: torch.Tensor  # (N, C), where the plan is made
+    readers: torch.Tensor  # (N, up to K, C), where the numbers at hand were completed, the newest first
+    inputs: torch.Tensor  # (N, K) bool: which of K numbers there are
+    values: torch.Tensor  # (N, K) float64, NaN where there is none
+
+    def __getitem__(self, rows) -> "Sight":
+        return Sight(*(part.index_select(0, rows) for part in tuple(self)))
+
+
+class Made(NamedTuple):
+    """N plans and what came of them."""
+
+    plans: Plans  # (N, D) each
+    format: torch.Tensor  # (N,), index into exact.FORMATS
+    log_probability: torch.Tensor  # (N,), of plan and format
+    written: list[str | None]  # N results, None where there is none
+    result: torch.Tensor | None  # (N,) float64 with a gradient, where something learns from it
 
 
 class DifferentiableDAG(nn.Module):
-    """The numeric stream beside the hidden states: values -> plan -> execute -> fold. (B, T, C) -> (B, T, C)."""
+    """The numeric stream: numbers -> plan -> exact result -> offered digits -> hidden states."""
 
-    def __init__(self, config: GPTConfig):
+    initial_scale = 5.0  # of dag_scale: an open gate outbids a fresh head
+
+    def __init__(self, config: GPTConfig, vocabulary: list[bytes]):
         super().__init__()
+        if vocabulary is None:
+            raise ValueError(
+                "a DAG over numbers has to know the text of every token: GPT(config, tokenizer.vocabulary)"
+            )
         self.names = operation_names(config.dag_ops)
-        self.contexts = CONTEXTS[config.dag_context](config)
-        self.values = VALUES[config.dag_values](config)
-        self.inputs = INPUTS[config.dag_inputs](config)
-        self.planner = DAGPlanPredictor(config)
-        self.fold = FOLDS[config.dag_fold](config)
-        self.gate = nn.Linear(config.n_embd + 1, 1) if config.dag_gate else None
+        self.operations = [exact.OPERATIONS[name] for name in self.names]
+        self.digits, self.over = config.dag_digits, config.vocab_size
+        self.separator_id = config.separator_id
+        separator_id = None if config.separator_id < 0 else config.separator_id
+        self.lexer = Lexer(vocabulary, separator_id, config.dag_num_inputs)
+        self.near_digit = nn.Embedding(NEAR + 1, config.n_embd)  # how far into a number a token is
+        self.mixes = config.dag_plan in dense_dag.PLANS
+        self.planner = (MixedPlanPredictor if self.mixes else DAGPlanPredictor)(config, self.names)
+        self.learned_numbers = LearnedNumbers(config) if config.dag_values == "learned" else None
+        self.bank = None
+        if config.dag_plan == "searched":
+            self.bank = PlanBank(self.names, min(config.dag_leaves, config.dag_num_inputs), config.dag_depth)
+        self.wanted = nn.Linear(config.n_embd, 1)  # does a computed number belong here?
+        self.trusted = nn.Linear(3, 1)  # how likely is the plan, and how far has its number come?
+        self.over_vector = nn.Parameter(torch.empty(config.n_embd))
+        self.dag_scale = nn.Parameter(torch.empty(()))
 
-    def forward(self, hidden: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, DAGState]:
-        """Hidden states (B, T, C) -> the same with the DAG's result mixed in, and what the DAG did."""
-        value_context, operand_context, operation_context = self.contexts(hidden, cache)
-        with torch.autocast(hidden.device.type, enabled=False):  # bf16 would lose digits
-            values = self.values(value_context)
-        inputs = self.inputs(hidden, operand_context, values, cache)
-        plan = self.planner(inputs, operand_context, operation_context)
-        with torch.autocast(hidden.device.type, enabled=False):
-            slots, validity = execute(plan, inputs.values, self.names)
-        folded = self.fold(slots[..., -1], cache)
-        gate = self._gate(hidden, validity[..., -1:])
-        return hidden + gate * folded, DAGState(plan, slots, validity, gate, folded)
+    @torch.compiler.disable  # as many plans as the text has numbers: their shapes never repeat
+    def forward(
+        self, hidden, idx, numerals: Numerals, embedding, targets=None
+    ) -> tuple[torch.Tensor, DAGState]:
+        """Hidden states (B, T, C) of tokens (B, T), with the offers mixed in. `embedding` (V, C) holds the tokens'
+        vectors as the head has them. Targets (B, T) are for the planner's loss."""
+        wanted = self.wanted(hidden).float().squeeze(-1)  # (B, T) logits
+        open_ = torch.sigmoid(wanted.detach())
+        bars = documents.fraction_bars(idx, numerals.offset, self.lexer.char_ids.get("/", -1))
+        here, following = numerals.may_open & numerals.visible[..., 0] & ~bars, None
+        if not self.training:
+            here = here & (open_ > SHUT)
+        elif targets is not None:
+            last = targets[:, -1:]
+            following = self.lexer.following(
+                torch.cat([idx, last.where(last >= 0, max(self.separator_id, 0))], dim=1)
+            )
+            here = here & (following.opens | (open_ > SHUT / 5))  # no other gate could open soon
+        at = row, position = here.nonzero(as_tuple=True)  # the host waits for the device
+        sight = self.look(hidden, numerals, at)
+        made = self.make(sight, lambda: self.read(numerals, idx, at))
+        signs = to_list(numerals.sign[at])
+        symbols = [
+            spell(text, sign, self.lexer.char_ids, self.over) for text, sign in zip(made.written, signs)
+        ]
+        offers = spread(
+            symbols, row, position, made.log_probability.detach(), idx, (numerals.offset > 0) | bars
+        )
+        plan_loss = None
+        if following is not None and not self.mixes:
+            n = following.opens[at].nonzero().squeeze(1)  # those of the N plans that stand before a number
+            at = row[n], position[n]
+            odds = 2 * open_[at].clamp(min=RARELY)
+            plan_loss = self.loss(made.plans[n], sight[n], target_at(following, at), odds)
+        at = (offers.symbol != NOTHING).nonzero(as_tuple=True)  # M positions; the host waits for the device
+        plan, symbol, k = offers.plan[at], offers.symbol[at], offers.written[at]
+        gate = self.gate(wanted[row, position][plan], made.log_probability.detach()[plan], symbol, k)  # (M,)
+        vectors = self.vectors(symbol, embedding)  # (M, C)
+        if made.result is not None:
+            vectors = vectors + self.drift(made, symbols, plan, symbol, k, embedding)
+        mixed = hidden.index_put(at, (gate[:, None] * vectors).to(hidden.dtype), accumulate=True)
+        gate = torch.zeros_like(open_).index_put(at, gate)[..., None]
+        made_here = (made.plans, made.format, made.log_probability, made.written, symbols)
+        return mixed, DAGState(row, position, *made_here, offers, gate, plan_loss)
 
-    def _gate(self, hidden: torch.Tensor, validity: torch.Tensor) -> torch.Tensor:
-        if self.gate is None:
-            return torch.ones_like(validity)
-        return torch.sigmoid(self.gate(torch.cat([hidden, validity.to(hidden.dtype)], dim=-1)))
+    def look(self, hidden, numerals: Numerals, at) -> Sight:
+        row, position = at
+        inputs, seen = numerals.visible[at], numerals.seen[at]
+        most = int(inputs.sum(-1).max()) if len(row) else 0  # of the K; the host waits for the device
+        tokens, first = hidden.flatten(0, 1), row * hidden.size(1)  # index_select has the faster backward
+        readers = tokens.index_select(0, (first[:, None] + seen[:, :most]).flatten())
+        readers = readers.view(len(row), most, hidden.size(-1))
+        here = tokens.index_select(0, first + position)
+        return Sight(here, readers, inputs, self.value(readers, numerals.value[at], inputs))
+
+    def value(self, readers, literal, inputs) -> torch.Tensor:
+        """What the numbers are worth (N, K): what their digits say, or what is learned to be read from them."""
+        if self.learned_numbers is not None:
+            literal = F.pad(self.learned_numbers(readers), (0, literal.size(1) - readers.size(1)))
+        return literal.masked_fill(~inputs, torch.nan)
+
+    def make(self, sight: Sight, read) -> Made:
+        """Plans, and what they give; `read()` says what the numbers are, exactly."""
+        if self.mixes:
+            context, keys = self.planner.read(sight.hidden, sight.readers)
+            result, plans, log_p = self.planner(context, keys, sight.inputs, sight.values)
+            format = torch.full_like(plans.operation[:, 0], self.planner.format)
+            written = [self.write(rounded(value), self.planner.format) for value in to_list(result.detach())]
+            return Made(plans, format, log_p, written, result)
+        with torch.no_grad():
+            plans, log_p, formats = self.planner(
+                *self.planner.read(sight.hidden, sight.readers), sight.inputs
+            )
+            format_log_p, format = formats.max(-1)
+        if self.learned_numbers is None:
+            numbers, result = read(), None
+        else:
+            numbers = [[rounded(value) for value in row] for row in to_list(sight.values.detach())]
+            choices = as_choices(plans, self.planner.num_slots, len(self.names))
+            result = result_of(choices, sight.values, self.names)
+        return Made(plans, format, log_p + format_log_p, self.run(plans, format, numbers), result)
+
+    def read(self, numerals: Numerals, idx, at) -> list[list[exact.Rational | None]]:
+        """The K numbers that each of the N plans can see, exactly, on the host."""
+        columns = [to_list(column[at]) for column in (numerals.mantissa, numerals.places, numerals.fits)]
+        counts, rows = to_list(numerals.visible[at].sum(-1)), to_list(at[0])
+        tokens = spans = None
+        numbers = []
+        for n, (mantissa, places, fits) in enumerate(zip(*columns)):
+            for k in range(counts[n]):
+                if not fits[k]:  # too long for an integer tensor
+                    tokens = tokens or to_list(idx)
+                    spans = spans or to_list(torch.stack([numerals.first[at], numerals.last[at]], dim=-1))
+                    mantissa[k], places[k] = self.lexer.read_number(tokens[rows[n]], *spans[n][k])
+            numbers.append([rational(*number) for number in zip(mantissa[: counts[n]], places)])
+            numbers[-1] += [None] * (self.planner.num_inputs - counts[n])
+        return numbers
+
+    def run(self, plans: Plans, format: torch.Tensor, numbers: list) -> list[str | None]:
+        """The written results of N plans over their numbers, None where there is none."""
+        depth, written = self.planner.depth, []
+        lengths = to_list((plans.operation != self.planner.end).sum(1).clamp(max=depth - 1) + 1)
+        steps = to_list(torch.stack(tuple(plans), dim=-1).flatten(0, 1))  # N * depth triples
+        for n, (length, form, inputs) in enumerate(zip(lengths, to_list(format), numbers)):
+            first = n * depth
+            result = exact.run(steps[first : first + length], inputs, self.digits, self.operations)[-1]
+            written.append(self.write(result, form))
+        return written
+
+    def write(self, result: exact.Rational | None, format: int) -> str | None:
+        return None if result is None else exact.write(result, format, self.digits)
+
+    def step(self, hidden, rows: list[Row], embedding) -> torch.Tensor:
+        """What forward does, for the newest token of every row: hidden states (B, 1, C) -> (B, 1, C)."""
+        for r, row in enumerate(rows):
+            if row.reader.completed:
+                row.readers.appendleft(hidden[r, 0])
+        candidates = [r for r, row in enumerate(rows) if row.may_compute]
+        if candidates:
+            wanted = self.wanted(hidden[:, 0]).float().squeeze(1)  # (B,)
+            open_ = torch.sigmoid(wanted).tolist()  # the host waits for the device
+            opened = [r for r in candidates if open_[r] > SHUT]
+            if opened:
+                self._plan_rows([rows[r] for r in opened], hidden[opened, 0], wanted[opened], embedding)
+        if not any(row.offer for row in rows):
+            return hidden
+        nothing = torch.zeros_like(hidden[0, 0])
+        offered = torch.stack([row.offer[0][1] if row.offer else nothing for row in rows])
+        return hidden + offered[:, None]
+
+    def _plan_rows(self, rows: list[Row], hidden, wanted, embedding) -> None:
+        """Plans for rows with hidden states (N, C) and gate logits `wanted` (N,), which offer them from now on."""
+        K, counts = self.planner.num_inputs, [len(row.readers) for row in rows]
+        readers = pad_sequence([torch.stack(tuple(row.readers)) for row in rows], batch_first=True)
+        inputs = torch.tensor([[k < count for k in range(K)] for count in counts], device=hidden.device)
+        numbers = [[rational(*number) for number in row.reader.numbers] for row in rows]
+        numbers = [known + [None] * (K - len(known)) for known in numbers]
+        values = [[x[0] / x[1] if x else 0.0 for x in known] for known in numbers] if self.mixes else 0.0
+        values = torch.tensor(values, dtype=torch.float64, device=hidden.device).expand(len(rows), K)
+        made = self.make(Sight(hidden, readers, inputs, self.value(readers, values, inputs)), lambda: numbers)
+        signs = [row.reader.sign for row in rows]
+        symbols = [
+            spell(text, sign, self.lexer.char_ids, self.over) for text, sign in zip(made.written, signs)
+        ]
+        self.offer(rows, symbols, wanted, made.log_probability, embedding)
+
+    def offer(self, rows: list[Row], symbols, wanted, log_p, embedding, first: int = 0) -> None:
+        """Rows get a plan's symbols from the `first` on, each with what it adds to a hidden state; (N,) the others."""
+        for row, tokens, *plan in zip(rows, symbols, wanted, log_p):
+            symbol = torch.tensor(tokens[first:], dtype=torch.long, device=wanted.device)
+            k = torch.arange(first, len(tokens), device=wanted.device)
+            gate = self.gate(*(fact.expand(len(symbol)) for fact in plan), symbol, k)
+            row.offer = list(zip(tokens[first:], gate[:, None] * self.vectors(symbol, embedding)))
+
+    def resume(self, rows: list[Row], hidden, state: DAGState, embedding) -> None:
+        """Give rows that have read their prompts what they need to go on: who read the numbers, and what is offered."""
+        for r, row in enumerate(rows):
+            row.readers.extend(hidden[r, column] for column in row.seen)
+            n = int(state.offers.plan[r, row.column])
+            if n < len(state.symbols):
+                position = int(state.position[n])
+                wanted = self.wanted(hidden[r, position]).float()
+                log_p, first = state.log_probability[n : n + 1], row.column - position
+                self.offer([row], [state.symbols[n]], wanted, log_p, embedding, first)
+
+    def gate(self, wanted, log_probability, symbol, written) -> torch.Tensor:
+        """How open the gate is for M symbols, (M,) each, in (0, 1). It is decided with the plan: `wanted` is a logit of
+        the position where that was made; what is added depends on how likely the plan is and how far its number has come.
+        """
+        over, begun = symbol == self.over, written > 0
+        features = torch.stack([log_probability.clamp(min=-10), over.float(), begun.float()], dim=-1)
+        return torch.sigmoid(wanted + self.trusted(features).float().squeeze(-1))
+
+    def vectors(self, symbol, embedding) -> torch.Tensor:
+        """M symbols as vectors of length dag_scale (M, C): the head's own for a token."""
+        tokens = F.embedding(symbol.clamp(max=self.over - 1), embedding)
+        vectors = self.over_vector.where((symbol == self.over)[:, None], tokens)
+        return F.normalize(vectors, dim=-1) * self.dag_scale
+
+    def drift(self, made: Made, symbols, plan, symbol, written, embedding) -> torch.Tensor:
+        """Zero, with the gradient of M offered digits (M, C) by the results that they write."""
+        ids = torch.tensor([self.lexer.char_ids[digit] for digit in "0123456789"], device=plan.device)
+        digits = F.normalize(embedding[ids], dim=-1) * self.dag_scale
+        slope = (digits.roll(-1, 0) - digits.roll(1, 0)) / 2  # of digit d towards d + 1, round the clock
+        weight = digit_weights(made.written, symbols).to(plan.device)[plan, written]
+        result = made.result.nan_to_num()
+        moved = ((result - result.detach())[plan] * weight).to(slope.dtype)
+        return moved[:, None] * slope[(symbol[:, None] == ids).long().argmax(-1)]
+
+    def loss(self, plans, sight: Sight, target: Target, odds) -> torch.Tensor:
+        """Minus the mean log-probability of what explains the numbers that follow in the text: the model's own
+        plan where it does, else every plan of the bank that does. () in nats; numbers without any do not count.
+        `odds` (N,) of a search where the own plan fails.
+        """
+        plans, values = self.planner.canonical(plans), sight.values.detach()
+        result = run(plans, values, self.names)
+        explained = target.matches(result)
+        own = explained.nonzero().squeeze(1)
+        missed = (~explained & (torch.rand_like(odds) < odds)).nonzero().squeeze(1)
+        missed = missed[torch.randperm(len(missed), device=missed.device)]
+        if self.bank is not None:
+            found, found_plans, found_results = self.bank.search(values[missed], target[missed])
+        else:
+            found, found_plans, found_results = self.draw(sight[missed], target[missed])
+        n = torch.cat([own, missed[found]])  # (H,): the number that a hit explains
+        hits = Plans(*(torch.cat(pair) for pair in zip(plans[own], found_plans)))
+        right = target[n].formats(torch.cat([result[own], found_results]))  # (H, F)
+        written = right.any(-1)
+        n, hits, right = n[written], hits[written], right[written]
+        if len(n) == 0:  # every parameter takes part in every step, or distributed training would wait
+            return 0.0 * sum(parameter.sum() for parameter in self.planner.parameters())
+        numbers, group = n.unique(return_inverse=True)
+        sight = sight[numbers]
+        context, keys = self.planner.read(sight.hidden, sight.readers)
+        log_p, formats = self.planner.log_probability(context[group], keys[group], sight.inputs[group], hits)
+        log_p = log_p + formats.masked_fill(~right, -torch.inf).logsumexp(-1)
+        return -logsumexp_by_group(log_p, group, len(numbers)).mean()
+
+    @torch.no_grad()
+    def draw(self, sight: Sight, target: Target) -> tuple[torch.Tensor, Plans, torch.Tensor]:
+        """What PlanBank.search does, among plans that the planner draws."""
+        values, known = sight.values, (*self.planner.read(sight.hidden, sight.readers), sight.inputs)
+        number = torch.arange(len(values), device=values.device).repeat_interleave(DRAWS)
+        plans = self.planner.canonical(self.planner(*(part[number] for part in known), explore=EXPLORE)[0])
+        right = target[number].matches(run(plans, values[number], self.names)).nonzero().squeeze(1)[:MAX_HITS]
+        hits = torch.cat([number[:, None], *tuple(plans)], dim=1)[right].unique(dim=0)
+        number, plans = hits[:, 0], Plans(*hits[:, 1:].chunk(3, dim=1))
+        return number, plans, run(plans, values[number], self.names)
+
+
+DAGS = {"numbers": DifferentiableDAG, "token": DenseDAG, "sequence": DenseDAG}
+CHOICES = {  # by dag_inputs
+    "numbers": dict(
+        dag_values=("literal", "learned"),
+        dag_plan=("searched", "sampled", *dense_dag.PLANS),
+        dag_fold=("digits",),
+    ),
+    "token": dict(dag_values=dense_dag.VALUES, dag_plan=dense_dag.PLANS, dag_fold=dense_dag.FOLDS),
+    "sequence": dict(dag_values=dense_dag.VALUES, dag_plan=dense_dag.PLANS, dag_fold=dense_dag.FOLDS),
+}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -455,7 +414,7 @@ class DifferentiableDAG(nn.Module):
 class GPT(nn.Module):
     """A GPT-2 trunk, the DAG on top of it when dag_depth > 0, and a head tied to the token embedding."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, vocabulary: list[bytes] | None = None):
         super().__init__()
         check(config)
         self.config = config
@@ -468,7 +427,9 @@ class GPT(nn.Module):
                 ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
             )
         )
-        self.dag = DifferentiableDAG(config) if config.dag_depth > 0 else None
+        self.dag = DAGS[config.dag_inputs](config, vocabulary) if config.dag_depth > 0 else None
+        self.reads_numbers = isinstance(self.dag, DifferentiableDAG)
+        self.silent = False  # set it, and the trunk goes on without what the DAG has to say
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         self._init_weights()
@@ -484,40 +445,82 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):  # the residual stream sums 2 * n_layer of these
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
             if name.endswith("dag_scale"):
-                nn.init.constant_(parameter, 0.2)
+                nn.init.constant_(parameter, self.dag.initial_scale)
+            if name.endswith("over_vector"):
+                nn.init.normal_(parameter, mean=0.0, std=0.02)
 
     def hidden_states(
-        self, idx: torch.Tensor, cache: Cache | None = None
-    ) -> tuple[torch.Tensor, DAGState | None]:
+        self, idx: torch.Tensor, cache: Cache | None = None, targets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, DAGState | DenseState | None]:
         """Tokens (B, T) -> hidden states (B, T, C) as the head sees them, and the DAG's state (None without).
 
-        With a cache, `idx` holds only the tokens after those the cache has; call `cache.commit()` afterwards.
+        An empty cache takes whole prompts, padded on the right; a cache in use one more token a row, (B, 1).
+        Call `cache.commit()` afterwards. Targets are what follows each token, for the planner's loss.
         """
-        if cache is None:
-            T, limit = idx.size(1), self.config.block_size
-            assert T <= limit, f"{T} tokens, block_size {limit}"
-            positions = torch.arange(T, device=idx.device)
+        assert idx.size(1) <= self.config.block_size, (
+            f"{idx.size(1)} tokens, block_size {self.config.block_size}"
+        )
+        numerals = None
+        if cache is not None:
+            cache.begin(idx.size(1))
+        if cache is not None and cache.longest > 0:
+            layout = self._next_layout(idx, cache)
         else:
-            positions = cache.begin(idx.size(1))
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+            numerals = self.dag.lexer(idx) if self.reads_numbers else None
+            layout = documents.layout(idx, self.config.separator_id, numerals)
+        x = self.transformer.wte(idx) + self.transformer.wpe(layout.positions)
+        if self.reads_numbers:
+            x = x + self.dag.near_digit(layout.offset)
+        x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, cache)
+            x = block(x, cache, layout.mask)
         hidden = self.transformer.ln_f(x)
-        return (hidden, None) if self.dag is None else self.dag(hidden, cache)
+        mixed, state = hidden, None
+        if self.reads_numbers and numerals is None:
+            mixed = self.dag.step(hidden, cache.rows, self.lm_head.weight)
+        elif self.reads_numbers:
+            mixed, state = self.dag(hidden, idx, numerals, self.lm_head.weight, targets)
+        elif self.dag is not None:
+            mixed, state = self.dag(hidden, cache, layout.mask)
+        if cache is not None and cache.longest == 0:
+            cache.prompts = idx, hidden, state
+        return hidden if self.silent else mixed, state
+
+    def _next_layout(self, idx: torch.Tensor, cache: Cache) -> documents.Layout:
+        assert idx.size(1) == 1, f"{idx.size(1)} tokens a row for a cache in use: give one"
+        if cache.rows is None:
+            self._open_rows(cache)
+        for row, token in zip(cache.rows, idx[:, 0].tolist()):  # the host waits for the device
+            row.feed(token)
+        return documents.next_layout(cache.rows, cache.bias[:, : cache.width])
+
+    def _open_rows(self, cache: Cache) -> None:
+        """The state of decoding after the prompts."""
+        idx, hidden, state = cache.prompts
+        prompts = [tokens[:length] for tokens, length in zip(idx.tolist(), cache.lengths.tolist())]
+        lexer = self.dag.lexer if self.reads_numbers else None
+        cache.rows = [Row(self.config.separator_id, lexer) for _ in prompts]
+        cache.bias = documents.open_bias(cache.rows, prompts, cache.block_size, idx.device)
+        if self.reads_numbers:
+            self.dag.resume(cache.rows, hidden, state, self.lm_head.weight)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
-        """Tokens (B, T) -> logits (B, T, vocab_size) and the mean cross-entropy in nats (None without targets).
+        """Tokens (B, T) -> logits (B, T, vocab_size) and the loss in nats (None without targets): the mean
+        cross-entropy, and in training the planner's loss on top.
 
         Targets (B, T) of -1 are ignored.
         """
-        hidden, _ = self.hidden_states(idx)
+        hidden, state = self.hidden_states(idx, targets=targets)
         logits = self.lm_head(hidden)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+        if self.training and self.reads_numbers and state.plan_loss is not None:
+            loss = loss + state.plan_loss
+        return logits, loss
 
     @torch.no_grad()
-    def inspect(self, idx: torch.Tensor) -> DAGState | None:
+    def inspect(self, idx: torch.Tensor) -> DAGState | DenseState | None:
         """What the DAG does at every position of `idx` (B, T), without gradient; None for a plain GPT."""
         return self.hidden_states(idx)[1]
 
@@ -542,10 +545,11 @@ class GPT(nn.Module):
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
 
     @classmethod
-    def from_huggingface(cls, source, **overrides) -> "GPT":
+    def from_huggingface(cls, source, vocabulary: list[bytes] | None = None, **overrides) -> "GPT":
         """GPT-2's weights, from a `transformers` model or by name ("gpt2", "gpt2-medium", ...; downloads).
 
-        `overrides` are GPTConfig fields that do not change the trunk's shape: dropout and the dag_* settings.
+        `vocabulary` holds the bytes of every token, for a DAG over numbers. `overrides` are GPTConfig fields that do
+        not change the trunk's shape: dropout, separator_id and the dag_* settings.
         """
         if isinstance(source, str):
             try:
@@ -563,7 +567,8 @@ class GPT(nn.Module):
                 n_embd=theirs.n_embd,
                 bias=True,
                 **overrides,
-            )
+            ),
+            vocabulary,
         )
         trunk = model.state_dict()
         for name, tensor in source.state_dict().items():
@@ -585,10 +590,11 @@ def check(config: GPTConfig) -> None:
         raise ValueError(f"dag_depth is {config.dag_depth}; it must be at least 0, the plain GPT")
     if config.n_embd % config.n_head:
         raise ValueError(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
-    registries = dict(
-        dag_inputs=INPUTS, dag_values=VALUES, dag_plan=PLANS, dag_fold=FOLDS, dag_context=CONTEXTS
-    )
-    for field, registry in registries.items():
-        if getattr(config, field) not in registry:
-            raise ValueError(f"{field} is {getattr(config, field)!r}; choose from {', '.join(registry)}")
-    operation_names(config.dag_ops)
+    choices = {"dag_inputs": DAGS, "dag_context": dense_dag.CONTEXTS, **CHOICES.get(config.dag_inputs, {})}
+    for field, legal in choices.items():
+        if getattr(config, field) not in legal:
+            where = "" if field in ("dag_inputs", "dag_context") else f" with dag_inputs={config.dag_inputs}"
+            raise ValueError(f"{field} is {getattr(config, field)!r}; choose from {', '.join(legal)}{where}")
+    names = operation_names(config.dag_ops)
+    if config.dag_depth > 0 and config.dag_inputs == "numbers" and "identity" not in names:
+        raise ValueError(f"dag_ops={config.dag_ops} lacks identity, with which a plan ends: add it")

@@ -18,6 +18,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +33,30 @@ IGNORE = -1  # target of padding; the loss skips it
 SCAN_TOKENS = 1 << 24  # looked at in one go when documents are counted
 BUFFER_TOKENS = 1 << 20  # collected before they are written
 AGAIN = "prepare the data set again"
+ROOT = Path(__file__).parent
 
 
 # ----------------------------------------------------------------------------------------------------------
 # reading
+
+
+def prepared(data_dir: Path, dataset: str) -> Path:
+    """The folder of a data set in `data_dir`; runs data/<dataset>/prepare.py first where it is missing.
+
+    ValueError where there is no such script; SystemExit with the script's exit code where it fails.
+    """
+    folder, script = data_dir / dataset, ROOT / "data" / dataset / "prepare.py"
+    if not (folder / "meta.json").exists():
+        if not script.exists():
+            raise ValueError(
+                f"no dataset {folder}: prepare your own text with "
+                f"`python data/custom/prepare.py --input=FILE --name={dataset}`"
+            )
+        print(f"preparing {folder} (once): python {script} --out_dir={folder}", flush=True)
+        code = subprocess.run([sys.executable, str(script), f"--out_dir={folder}"]).returncode
+        if code:
+            raise SystemExit(code)  # the script has said what is wrong
+    return folder
 
 
 def read_meta(data_dir) -> dict:

@@ -17,11 +17,11 @@ import torch.nn as nn
 
 
 def resolve_device(name: str) -> torch.device:
-    """ "auto" -> CUDA, else MPS, else CPU. Raises ValueError for a device this machine does not have."""
+    """ "auto" -> CUDA, else CPU: the DAG reads numbers in float64, which MPS does not have. Raises ValueError for a
+    device this machine does not have.
+    """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

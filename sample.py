@@ -126,9 +126,7 @@ def main() -> None:
         return ended
 
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    check(
-        [prompt], model.config.block_size, config.max_new_tokens, **sampling
-    )  # before anything is shown
+    check([prompt], model.config.block_size, config.max_new_tokens, **sampling)  # before anything is shown
     print(start, end="", flush=True)
     with runtime.autocast(device, runtime.resolve_dtype(config.dtype, device)):
         generate(

@@ -38,6 +38,11 @@ class Tokenizer:
         """The text of one token, in UTF-8; a token of a byte-pair encoding may hold a part of a character."""
         raise NotImplementedError
 
+    @property
+    def vocabulary(self) -> list[bytes]:
+        """The text of every token, in the order of the ids."""
+        return [self.token_bytes(id) for id in range(self.vocab_size)]
+
     def encode(self, text: str) -> list[int]:
         return self.encode_array(text).tolist()
 

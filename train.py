@@ -13,6 +13,7 @@ as there, the number of micro-batches of one step over all processes.
 
 import atexit
 import contextlib
+import gc
 import json
 import math
 import re
@@ -110,34 +111,20 @@ def write_run_files(run_dir: Path, config: TrainConfig, hardware: str, resumed_a
 # Data and model
 
 
-def prepared_data(config: TrainConfig) -> Path:
-    """The dataset's folder; runs its prepare.py first where the data are missing."""
-    data_dir = Path(config.data_dir) / config.dataset
-    script = ROOT / "data" / config.dataset / "prepare.py"
-    if not (data_dir / "meta.json").exists():
-        if not script.exists():
-            raise ValueError(
-                f"no dataset {data_dir}: prepare your own text with "
-                f"`python data/custom/prepare.py --input=FILE --name={config.dataset}`"
-            )
-        print(f"preparing {data_dir} (once): python {script} --out_dir={data_dir}", flush=True)
-        code = subprocess.run([sys.executable, str(script), f"--out_dir={data_dir}"]).returncode
-        if code:
-            raise SystemExit(code)  # the script has said what is wrong
-    return data_dir
-
-
 def validation_problems(data_dir: Path, count: int) -> list[tasks.Problem]:
     """About `count` problems, evenly from every val_* split; [] where the dataset has none."""
     splits = tasks.splits(data_dir, prefix="val_").values()
     return [problem for path in splits for problem in tasks.read_problems(path)[: -(-count // len(splits))]]
 
 
-def initial_model(config: TrainConfig, tokenizer, saved: checkpoint.Checkpoint | None) -> GPT:
+def initial_model(
+    config: TrainConfig, tokenizer, separator_id: int, saved: checkpoint.Checkpoint | None
+) -> GPT:
     """The model to train: fresh, resumed from `saved`, or GPT-2's weights under a fresh DAG."""
+    text = dict(vocab_size=tokenizer.vocab_size, separator_id=separator_id)
     if saved is not None:
         model = checkpoint.rebuild_model(saved, dropout=config.dropout)
-        asked = pick(config, GPTConfig, vocab_size=model.config.vocab_size)
+        asked = pick(config, GPTConfig, **text)
         for name, value in asdict(model.config).items():
             if getattr(asked, name) != value:
                 raise ValueError(
@@ -145,13 +132,14 @@ def initial_model(config: TrainConfig, tokenizer, saved: checkpoint.Checkpoint |
                 )
         return model
     if config.init_from == "scratch":
-        return GPT(pick(config, GPTConfig, vocab_size=tokenizer.vocab_size))
+        return GPT(pick(config, GPTConfig, **text), tokenizer.vocabulary)
     if tokenizer.kind != "gpt2":
         raise ValueError(
             f"init_from={config.init_from} needs a dataset in GPT-2's tokens, not {tokenizer.kind}"
         )
     dag = {name: value for name, value in to_dict(config).items() if name.startswith("dag_")}
-    model = GPT.from_huggingface(config.init_from, dropout=config.dropout, **dag)
+    dag |= dict(dropout=config.dropout, separator_id=separator_id)
+    model = GPT.from_huggingface(config.init_from, tokenizer.vocabulary, **dag)
     model.crop_block_size(config.block_size)
     return model
 
@@ -255,7 +243,7 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = True
 
     # --------------------------------------------------------------------------------------- data
-    data_dir = processes.agree(lambda: prepared_data(config))
+    data_dir = processes.agree(lambda: dataloader.prepared(Path(config.data_dir), config.dataset))
     meta = dataloader.read_meta(data_dir)
     if saved is not None:
         checkpoint.require_vocabulary(saved, meta)
@@ -277,7 +265,8 @@ def main() -> None:
     problems = validation_problems(data_dir, config.eval_problems)
 
     # -------------------------------------------------------------------------------------- model
-    model = initial_model(config, tokenizer, saved).to(device)
+    separator_id = meta["separator_id"] if meta["documents"] else -1
+    model = initial_model(config, tokenizer, separator_id, saved).to(device)
     shape = asdict(model.config)  # GPT-2's weights have a shape of their own: what is saved must name it
     config = replace(config, **{name: value for name, value in shape.items() if hasattr(config, name)})
 
@@ -375,7 +364,7 @@ def main() -> None:
             loader=train_loader.state_dict(),
             rng=checkpoint.capture_rng(),
             tokenizer=tokenizer.to_json(),
-            progress=dict(stale=stale, wandb_run_id=logger.run_id),
+            progress=dict(stale=stale, wandb_run_id=logger.run_id, minutes=minutes),
         )
         checkpoint.save(run_dir, kind, state)
 
@@ -390,9 +379,12 @@ def main() -> None:
             )
 
     # --------------------------------------------------------------------------------------- loop
+    gc.collect()
+    gc.freeze()  # plans are many small lists; the collector need not look through all of PyTorch for each
     stop = StopFlag()
     loss_sum = torch.zeros((), device=device)
     since, since_iteration = time.perf_counter(), iteration
+    started, minutes = since, saved.progress.get("minutes", 0.0) if saved else 0.0  # of training alone
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
     if iteration >= config.max_iters and not config.eval_only:
         display.say(f"already at step {iteration}: nothing to do until --max_iters is larger")
@@ -401,7 +393,8 @@ def main() -> None:
         due = iteration % config.eval_interval == 0 or iteration == config.max_iters
         if config.eval_only or (due and iteration != resumed_at):
             paused = time.perf_counter()
-            scores = evaluate()
+            minutes, started = minutes + (paused - started) / 60, paused
+            scores = evaluate() | {"train/minutes": minutes}
             require_finite(scores["val/loss"])
             if logger:
                 logger.log(iteration, scores | logger.get_wandb_logging_dict(model))
@@ -413,6 +406,7 @@ def main() -> None:
                 save("best")  # before "last", which says that there is one
             save("last")
             since += time.perf_counter() - paused  # evaluation is not training time
+            started = time.perf_counter()
 
         # stop test
         if iteration >= config.max_iters:

@@ -14,15 +14,19 @@ n_head = 4
 n_embd = 128
 
 dag_depth = 4
-dag_inputs = "token"
-dag_values = "learned"
-dag_plan = "straight_through"
-dag_fold = "value"
+dag_inputs = "numbers"
+dag_values = "literal"
+dag_plan = "searched"
+dag_fold = "digits"
+dag_ops = "add,subtract,multiply,divide,identity"
+dag_leaves = 4  # 3,712 plans
 
 learning_rate = 1e-3
 max_iters = 2000
+schedule = "wsd"
+wsd_decay_iters = 500
 warmup_iters = 100
-min_lr = 1e-4
+min_lr = 5e-5
 
-eval_interval = 250
+eval_interval = 500
 eval_iters = 20

@@ -18,7 +18,6 @@ n_head = 12
 n_embd = 768
 
 dag_depth = 4
-dag_inputs = "token"  # the sequence's operand choices are (B, T, D, 2, T + D): too much memory at 1024 tokens
 
 learning_rate = 6e-4
 max_iters = 600_000

@@ -18,6 +18,21 @@ torch.set_num_threads(1)  # tensors this small lose by sharing: five times slowe
 settings.register_profile("repository", deadline=None, derandomize=True, database=None)
 settings.load_profile("repository")
 
+VOCABULARY = [char.encode() for char in "0123456789+-*/=(). \nabcdefghi"]  # of tiny_gpt
+SEPARATOR = VOCABULARY.index(b"\n")
+GLUED = [*VOCABULARY, b" -", b"(-", b"=-", b" +", b"=+"]  # as a byte-pair encoding has them
+DENSE = {  # by dag_inputs
+    inputs: dict(dag_inputs=inputs, dag_values="learned", dag_plan="straight_through", dag_fold="value")
+    for inputs in ("token", "sequence")
+}
+
+
+def random_text(*shape: int, vocabulary=VOCABULARY) -> torch.Tensor:
+    """Tokens, two of three of them digits, and otherwise mostly what may stand in numbers or between them."""
+    marks = torch.randint(10, min(len(vocabulary), 20), shape)
+    marks = torch.where(torch.rand(shape) < 0.3, torch.randint(10, len(vocabulary), shape), marks)
+    return torch.where(torch.rand(shape) < 0.6, torch.randint(10, shape), marks)
+
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -45,17 +60,17 @@ def run_script():
 
 @pytest.fixture
 def tiny_gpt():
-    """tiny_gpt(dag_depth=3, ...) -> a GPT of a few thousand weights in eval mode.
+    """tiny_gpt(dag_depth=3, ...) -> a GPT of a few thousand weights in eval mode, over VOCABULARY or another.
 
     Its weights are large and random, LayerNorms and biases among them: at a real initialisation the DAG is so
     quiet that a leak, a wrong cache or a dead gradient would pass unseen.
     """
     from dag_model import GPT, GPTConfig
 
-    def build(std=0.3, **fields) -> GPT:
-        trunk = dict(block_size=16, vocab_size=29, n_layer=2, n_head=2, n_embd=16)
+    def build(std=0.3, vocabulary=VOCABULARY, **fields) -> GPT:
+        trunk = dict(block_size=16, vocab_size=len(vocabulary), n_layer=2, n_head=2, n_embd=16, dag_leaves=2)
         torch.manual_seed(0)
-        model = GPT(GPTConfig(**(trunk | fields))).eval()
+        model = GPT(GPTConfig(**(trunk | fields)), vocabulary).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=std)

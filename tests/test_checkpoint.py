@@ -50,7 +50,7 @@ def snapshot(step=1, module=None, optimizer=None, **fields):
         rng=capture_rng(),
         model_config={"n_embd": 4},
         train_config={"lr": 0.1, "name": "é\ud800"},
-        tokenizer={"kind": "char"},
+        tokenizer={"kind": "char", "chars": "\n+=0123456789"},
         loader={"next": step},
     )
     return Checkpoint(step=step, **values | fields)

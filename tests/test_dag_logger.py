@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DENSE, random_text
 
 import dag_logger
 from dag_logger import DAGLogger
-from dag_model import DAGState, Plan
+from dag_model import DAGState
+from dense_dag import DenseState, Plan
+from plan_search import Plans
+from readout import Offers
 
 ROOT = Path(dag_logger.__file__).parent
 
@@ -80,7 +84,7 @@ def test_resuming_from_step_0_and_a_fresh_run_keep_different_things(tmp_path):
 # statistics
 
 
-def tiny_state() -> DAGState:
+def tiny_state() -> DenseState:
     """One row of two positions, K = 1 input and D = 2 steps, so S = 3; two operations; width 2."""
     operands = torch.tensor(
         [
@@ -92,12 +96,32 @@ def tiny_state() -> DAGState:
         ]
     )[None]
     operation = torch.tensor([[[1.0, 0], [1, 0]], [[1, 0], [0, 1]]])[None]
-    return DAGState(
+    return DenseState(
         plan=Plan(operands, operation),
         values=torch.tensor([[[2.0, 4, 8], [3, 6, 9]]]),
         validity=torch.tensor([[[1.0, 1, 0], [1, 0.5, 1]]]),
         gate=torch.tensor([[[0.2], [0.8]]]),
         folded=torch.tensor([[[3.0, 4.0], [0.0, 1.0]]]),
+    )
+
+
+def plans_state(count: int) -> DAGState:
+    """One row of two positions and `count` of two plans: K = 1 input, D = 2 steps; two operations."""
+    operation = torch.tensor([[0, 1], [1, 1]])[:count]
+    none = torch.zeros_like(operation)
+    return DAGState(
+        row=torch.zeros(count, dtype=torch.long),
+        position=torch.arange(count),
+        plans=Plans(operation, none, none),
+        format=torch.zeros(count, dtype=torch.long),
+        log_probability=torch.tensor([0.5, 0.25]).log()[:count],
+        written=["7", None][:count],
+        symbols=[[7, 29], []][:count],
+        offers=Offers(
+            torch.tensor([[7, -1]]), torch.tensor([[-0.5, 0]]), torch.tensor([[0, 0]]), torch.tensor([[0, 2]])
+        ),
+        gate=torch.tensor([[[0.8], [0.0]]]),
+        plan_loss=None,
     )
 
 
@@ -128,23 +152,46 @@ def test_statistics_by_hand(tmp_path):
     )
 
 
-@pytest.mark.parametrize("fields", [dict(dag_inputs="sequence", dag_gate=False), dict(dag_plan="soft")])
+def test_statistics_of_plans_by_hand(tmp_path):
+    logger = DAGLogger(tmp_path, {})
+    gate = {"dag/gate_mean": 0.4, "dag/gate_std": 0.4, "dag/gate_open": 0.5}
+    assert logger.dag_statistics(plans_state(2), ["add", "identity"]) == pytest.approx(
+        gate
+        | {
+            "dag/plans": 2.0,
+            "dag/valid_final": 0.5,
+            "dag/plan_probability": 0.375,
+            "dag/operation_entropy": nats(1 / 4, 3 / 4),
+            "dag/use/add": 1 / 4,
+            "dag/use/identity": 3 / 4,
+        },
+        rel=1e-6,
+    )
+    assert logger.dag_statistics(plans_state(0), ["add", "identity"]) == pytest.approx(
+        gate | {"dag/plans": 0.0}
+    )
+
+
+@pytest.mark.parametrize(
+    "fields", [DENSE["sequence"] | dict(dag_gate=False), DENSE["token"] | dict(dag_plan="soft"), {}]
+)
 def test_statistics_of_a_model_are_finite_under_autocast(tmp_path, tiny_gpt, fields):
     model = tiny_gpt(**fields)
     with torch.autocast("cpu", torch.bfloat16):
-        state = model.inspect(torch.randint(29, (2, 16)))
+        state = model.inspect(random_text(8, 16))
     statistics = DAGLogger(tmp_path, {}).dag_statistics(state, model.dag.names)
     assert all(math.isfinite(value) for value in statistics.values())
     assert sum(value for name, value in statistics.items() if "/use/" in name) == pytest.approx(1, abs=1e-5)
 
 
 def test_the_wrong_operation_names_are_refused(tmp_path):
-    with pytest.raises(ValueError):
-        DAGLogger(tmp_path, {}).dag_statistics(tiny_state(), ["add", "log", "max"])
+    for state, names in [(tiny_state(), ["add", "log", "max"]), (plans_state(2), ["add"])]:
+        with pytest.raises(ValueError):
+            DAGLogger(tmp_path, {}).dag_statistics(state, names)
 
 
 def test_gradients_by_hand(tmp_path, tiny_gpt):
-    model = tiny_gpt(dag_depth=2, dag_ops="add,log", n_embd=2, n_head=1)
+    model = tiny_gpt(dag_depth=2, dag_ops="add,log", n_embd=2, n_head=1, **DENSE["token"])
     logger = DAGLogger(tmp_path, {})
     assert logger.get_wandb_logging_dict(model) == {}  # no gradients yet
     scores = model.dag.planner.operation_score  # rows: step 0 add, step 0 log, step 1 add, step 1 log
@@ -162,15 +209,26 @@ def test_gradients_by_hand(tmp_path, tiny_gpt):
     )
 
 
-def test_the_logging_dict_has_statistics_and_gradients_of_every_part(tmp_path, tiny_gpt):
-    model = tiny_gpt(dag_context="attention", dag_inputs="sequence")
+@pytest.mark.parametrize(
+    "fields, parts",
+    [
+        (
+            DENSE["sequence"] | dict(dag_context="attention"),
+            ["contexts", "values", "inputs", "planner", "fold", "gate"],
+        ),
+        ({}, ["near_digit", "planner", "wanted", "trusted"]),
+    ],
+    ids=["sequence", "numbers"],
+)
+def test_the_logging_dict_has_statistics_and_gradients_of_every_part(tmp_path, tiny_gpt, fields, parts):
+    model = tiny_gpt(**fields).train()
     logger = DAGLogger(tmp_path, {})
-    idx = torch.randint(29, (2, 16))
+    idx = random_text(16, 16)
     statistics = logger.dag_statistics(model.inspect(idx), model.dag.names)
     model(idx, idx)[1].backward()
     logged = logger.get_wandb_logging_dict(model)
     assert statistics.items() <= logged.items()
-    for part in ("contexts", "values", "inputs", "planner", "fold", "gate"):
+    for part in parts:
         assert logged[f"dag/gradient_norm/{part}"] > 0
     logger.log(1, logged)
     assert read(tmp_path)[0]["dag/gate_mean"] == statistics["dag/gate_mean"]

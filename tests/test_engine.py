@@ -4,13 +4,15 @@ from itertools import product
 
 import pytest
 import torch
+from conftest import DENSE, SEPARATOR
 
-from dag_model import CONTEXTS, FOLDS, INPUTS, PLANS, VALUES
+from dense_dag import CONTEXTS, FOLDS, INPUTS, PLANS, VALUES
 from engine import choose, generate, random_numbers
 
 RAGGED = [[3], [5, 1, 7, 2, 9], list(range(16)), [28, 0, 28]]  # 16 is tiny_gpt's block_size
 PLAIN = dict(dag_depth=0)
-SEQUENCE = dict(dag_depth=3, dag_inputs="sequence", dag_context="attention", dag_post_block=True)
+SEQUENCE = dict(dag_depth=3, dag_context="attention", dag_post_block=True, **DENSE["sequence"])
+NUMBERS = dict(dag_depth=3, separator_id=SEPARATOR)
 COMBINATIONS = [
     dict(dag_depth=3, dag_post_block=True, dag_inputs=i, dag_values=v, dag_plan=p, dag_fold=f, dag_context=c)
     for i, v, p, f, c in product(INPUTS, VALUES, PLANS, FOLDS, CONTEXTS)
@@ -18,7 +20,9 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-@pytest.mark.parametrize("fields", [PLAIN, *COMBINATIONS], ids=lambda f: "-".join(map(str, f.values())))
+@pytest.mark.parametrize(
+    "fields", [PLAIN, NUMBERS, *COMBINATIONS], ids=lambda f: "-".join(map(str, f.values()))
+)
 def test_cached_equals_uncached(tiny_gpt, fields, temperature):
     model = tiny_gpt(**fields)
     fast, slow = (
@@ -28,7 +32,7 @@ def test_cached_equals_uncached(tiny_gpt, fields, temperature):
     assert len({token for row in slow for token in row}) > 5  # the model does not just repeat itself
 
 
-@pytest.mark.parametrize("fields", [PLAIN, SEQUENCE], ids=["plain", "sequence"])
+@pytest.mark.parametrize("fields", [PLAIN, SEQUENCE, NUMBERS], ids=["plain", "sequence", "numbers"])
 def test_a_row_does_not_depend_on_its_batch(tiny_gpt, fields):
     model = tiny_gpt(**fields)
     together = generate(model, RAGGED, 30, seed=5, stop=[[4]])
@@ -64,10 +68,10 @@ def test_cached_decoding_reads_every_token_once(tiny_gpt, monkeypatch):
 
 def test_stop_sequences_end_their_row_alone(tiny_gpt):
     model = tiny_gpt(dag_depth=2)
-    free = generate(model, RAGGED, 12, seed=5)
+    free = generate(model, RAGGED, 12, seed=6)
     ending = free[1][4:6]
     assert all(ending != row[i : i + 2] for row in (free[0], *free[2:]) for i in range(12)), "choose another"
-    stopped = generate(model, RAGGED, 12, seed=5, stop=[[99], ending, [*ending, 99]])
+    stopped = generate(model, RAGGED, 12, seed=6, stop=[[99], ending, [*ending, 99]])
     assert stopped == [free[0], free[1][:6], free[2], free[3]]
 
 

@@ -18,15 +18,28 @@ MAY_IMPORT = {
     "optim": set(),
     "runtime": set(),
     "dataloader": {"tokenizer"},
+    "arithmetic": {"dataloader", "tokenizer"},
     # the model
-    "dag_model": {"attention", "layers", "exact", "numerals"},
+    "documents": {"numerals"},
+    "readout": set(),
+    "plan_search": {"exact"},
+    "dense_dag": {"attention", "layers"},
+    "planner": {"dense_dag", "exact", "plan_search"},
+    "dag_model": {
+        *("attention", "layers", "exact", "numerals"),
+        *("dense_dag", "documents", "plan_search", "planner", "readout"),
+    },
     # what uses a model
     "checkpoint": {"dag_model", "tokenizer"},
     "dag_logger": {"dag_model"},
     "engine": {"attention", "dag_model"},
     "tasks": {"dag_model", "dataloader", "engine", "runtime", "tokenizer"},
+    "diagnosis": {"dag_model", "exact", "numerals", "tasks", "tokenizer"},
 }
-MODEL_SIDE = ["attention", "layers", "exact", "numerals", "dag_model"]
+MODEL_SIDE = [
+    *("attention", "layers", "exact", "numerals", "documents", "readout"),
+    *("plan_search", "dense_dag", "planner", "dag_model"),
+]
 SCRIPTS = ["train", "sample", "bench", "evaluate"]  # and data/*/prepare.py: any module, no script
 LAUNCHERS = ["lambda_service"]  # configurator alone: they run where no torch is installed
 

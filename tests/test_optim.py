@@ -5,31 +5,41 @@ import math
 import pytest
 import torch
 import torch.nn as nn
+from conftest import VOCABULARY
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dag_model import GPT, GPTConfig
 from optim import SCHEDULES, learning_rate_at, make_optimizer
 
-SMALL = dict(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16, bias=True, dag_depth=2)
+SMALL = dict(block_size=8, vocab_size=29, n_layer=1, n_head=2, n_embd=16, bias=True, dag_depth=2)
 PEAK = dict(learning_rate=1.0, min_lr=0.1, warmup_iters=4, decay_iters=12)
 COSINE = dict(PEAK, schedule="cosine", wsd_decay_iters=0)
 WSD = dict(PEAK, schedule="wsd", wsd_decay_iters=3)
 
 
 def test_matrices_decay_and_everything_else_does_not():
-    model = GPT(GPTConfig(**SMALL))
+    model = GPT(GPTConfig(**SMALL), VOCABULARY)
     decayed, others = make_optimizer(model, 1e-3, (0.9, 0.99), weight_decay=0.3).param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
     name_of = {parameter: name for name, parameter in model.named_parameters()}  # the tied head counts once
     decayed, others = ({name_of[p] for p in group["params"]} for group in (decayed, others))
     assert not decayed & others and decayed | others == set(name_of.values())
-    assert {"transformer.wte.weight", "transformer.h.0.attn.c_attn.weight", "dag.gate.weight"} <= decayed
-    assert {"transformer.ln_f.weight", "dag.fold.dag_scale", "dag.gate.bias"} <= others
+    assert {
+        "transformer.wte.weight",
+        "transformer.h.0.attn.c_attn.weight",
+        "dag.planner.context.weight",
+    } <= decayed
+    assert {
+        "transformer.ln_f.weight",
+        "dag.dag_scale",
+        "dag.over_vector",
+        "dag.planner.context.bias",
+    } <= others
 
 
 def test_frozen_parameters_stay_out():
-    model = GPT(GPTConfig(**SMALL))
+    model = GPT(GPTConfig(**SMALL), VOCABULARY)
     model.transformer.requires_grad_(False)
     groups = make_optimizer(model, 1e-3, (0.9, 0.99), 0.1).param_groups
     assert sum(len(group["params"]) for group in groups) == len(list(model.dag.parameters()))

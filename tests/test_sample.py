@@ -1,6 +1,5 @@
-"""sample.py and evaluate.py, end to end on a tiny model that has learned a few lines by heart."""
+"""sample.py, end to end on a tiny model that has learned a few lines by heart."""
 
-import json
 import sys
 from dataclasses import asdict
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 import checkpoint
-import evaluate
 import sample
 from configurator import run_script as run_main
 from dag_model import GPT, GPTConfig
@@ -25,7 +23,7 @@ def save_run(folder, tokenizer, documents=True, lines=LINES):
     longest = max(map(len, rows))
     idx = torch.tensor([row + [tokenizer.separator_id] * (longest - len(row)) for row in rows])
     sizes = dict(block_size=longest, vocab_size=tokenizer.vocab_size, n_layer=1, n_embd=32)
-    model = GPT(GPTConfig(dag_depth=1, **sizes))
+    model = GPT(GPTConfig(dag_depth=1, **sizes), tokenizer.vocabulary)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
         model(idx[:, :-1], idx[:, 1:])[1].backward()
@@ -51,15 +49,8 @@ def save_run(folder, tokenizer, documents=True, lines=LINES):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run on documents, with problems."""
-    folder = save_run(tmp_path_factory.mktemp("run"), ByteTokenizer())
-    problems = folder / "data" / "sums" / "problems"
-    problems.mkdir(parents=True)
-    (problems / "val_sums.tsv").write_text("1+1=\t2\n2+1=\t3\n3+1=\t5\n")
-    (problems / "val_words.tsv").write_text("caf\u00e9: \t\u20ac5\n", encoding="utf-8")
-    (problems / "val_decoys.tsv").write_text("1+\t9\n")
-    (problems / "more.tsv").write_text("1+\t1=2\n")
-    return folder
+    """A run on documents."""
+    return save_run(tmp_path_factory.mktemp("run"), ByteTokenizer())
 
 
 @pytest.fixture
@@ -82,24 +73,6 @@ def test_sample_as_a_person_runs_it(run_script, run):
     done = run_script("sample.py", f"--out_dir={run}", "--start=2+1=", "--temperature=0", "--num_samples=2")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "2+1=3\n" + "-" * 20 + "\n2+1=3\n"
-
-
-def test_evaluate_as_a_person_runs_it(run_script, run, tmp_path):
-    done = run_script("evaluate.py", f"--out_dir={run}", f"--json={tmp_path / 'scores.json'}")
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
-    scores = json.loads(lines[-1])
-    assert scores.pop("seconds") > 0
-    assert 0 < scores.pop("val_loss") < 0.7  # by heart, but for the first character
-    splits = {"val_sums": dict(n=3, exact=2 / 3), "val_words": dict(n=1, exact=1.0)}
-    assert scores == dict(n=4, exact=0.75, splits=splits, step=60)
-    assert [line.split() for line in lines[2:4]] == [["val_sums", "3", "66.7%"], ["val_words", "1", "100.0%"]]
-    assert "1 of 1 failures:" in lines and "  3+1=4  (right is 5)" in lines
-    assert json.loads((tmp_path / "scores.json").read_text())["splits"] == splits
-
-
-# ----------------------------------------------------------------------------------------------------
-# sample.py
 
 
 def test_without_a_start_a_document_begins(call, run, monkeypatch):
@@ -189,45 +162,9 @@ def test_unreadable_starts_are_one_line(call, tmp_path):
 
 def test_pretrained_weights_need_no_run(call, monkeypatch, tiny_gpt):
     asked = []
-    model = tiny_gpt(vocab_size=256, dag_depth=0)
+    model = tiny_gpt(vocabulary=ByteTokenizer().vocabulary, dag_depth=0)
     monkeypatch.setattr(GPT, "from_huggingface", lambda name, **fields: asked.append((name, fields)) or model)
     monkeypatch.setattr(sample.tokenizers, "build", lambda kind, text: asked.append(kind) or ByteTokenizer())
     code, out, _ = call(sample, "--init_from=gpt2-medium", "--start=ab", "--max_new_tokens=3")
     assert code == 0 and out.startswith("ab")
     assert sorted(map(str, asked)) == ["('gpt2-medium', {'dag_depth': 0})", "gpt2"]
-
-
-# ----------------------------------------------------------------------------------------------------
-# evaluate.py
-
-
-def test_the_test_suite_and_a_file_of_ones_own(call, run, tmp_path):
-    code, out, _ = call(evaluate, f"--out_dir={run}", "--suite=test")
-    assert code == 0 and list(json.loads(out.splitlines()[-1])["splits"]) == ["more"]
-    (tmp_path / "mine.tsv").write_text("2+1=\t3\n2+1=\t03\n")
-    code, out, _ = call(evaluate, f"--out_dir={run}", f"--problems={tmp_path / 'mine.tsv'}")
-    assert code == 0 and json.loads(out.splitlines()[-1])["splits"] == {"mine": dict(n=2, exact=0.5)}
-
-
-def test_failures_are_ten_and_from_everywhere(capsys):
-    attempts = [evaluate.tasks.Attempt(f"{n}=", "1", "0", n % 2 == 0) for n in range(51)]
-    evaluate.show_failures(attempts)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "9 of 25 failures:"
-    assert (lines[2], lines[-1]) == ("  1=0  (right is 1)", "  49=0  (right is 1)")
-
-
-@pytest.mark.parametrize(
-    "content, words", [("1+1=\t2\n1+1 2\n", "mine.tsv:2: expected prompt<TAB>answer"), ("", "no problems")]
-)
-def test_a_malformed_file_is_refused(call, run, tmp_path, content, words):
-    (tmp_path / "mine.tsv").write_text(content)
-    code, out, err = call(evaluate, f"--out_dir={run}", f"--problems={tmp_path / 'mine.tsv'}")
-    assert code == 2 and out == "" and words in err and err.count("\n") == 1
-
-
-def test_a_data_set_without_problems_has_its_loss(call, tmp_path):
-    save_run(tmp_path, CharTokenizer("\n+=12"), lines=["1+1=2"])
-    code, out, err = call(evaluate, f"--out_dir={tmp_path}")
-    scores = json.loads(out.splitlines()[-1])
-    assert (code, err) == (0, "") and scores["n"] == 0 and scores["exact"] is None and scores["val_loss"] < 1

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DENSE
 from safetensors.torch import load_file
 
 import checkpoint
@@ -29,6 +30,10 @@ TINY = [
     "--device=cpu",
     "--dtype=float32",
 ]
+SYSTEMS = {"numbers": []} | {
+    inputs: [f"--{name}={value}" for name, value in fields.items()] for inputs, fields in DENSE.items()
+}
+SOFT = [*SYSTEMS["token"], "--dag_plan=soft"]
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +69,8 @@ def data_dir(tmp_path_factory):
     )
     for name in ("shakespeare_char", "shakespeare", "openwebtext"):
         (folder / name).symlink_to(folder / "text")
+    for name in ("addition", "addition_1k", "multiop", "allops"):
+        (folder / name).symlink_to(folder / "arithmetic")
     return folder
 
 
@@ -102,9 +109,9 @@ def test_every_preset_trains_a_step(run, preset):
 
 @pytest.mark.parametrize("depth", [0, 3])
 def test_training_lowers_the_loss_and_ends_with_commands_that_work(run, run_script, depth):
-    printed = run(f"--dag_depth={depth}", "--max_iters=60", "--eval_interval=60", "--learning_rate=1e-2")
+    printed = run(f"--dag_depth={depth}", "--max_iters=100", "--eval_interval=100", "--learning_rate=1e-2")
     losses = metrics("out/train-001", "val/loss")
-    assert losses[60] < 0.8 * losses[0]
+    assert losses[100] < 0.8 * losses[0]
     commands = [line.split() for line in printed.splitlines() if line.startswith("  python ")]
     assert [command[1] for command in commands] == ["sample.py", "evaluate.py", "train.py"]
     for _, script, *arguments in commands[:2]:
@@ -118,17 +125,17 @@ def test_metrics_hold_losses_speed_and_what_the_dag_does(run):
     assert metrics("run", "train/batch_loss").keys() == {1, 2, 3, 4}
     assert metrics("run", "val/loss").keys() == metrics("run", "val/solved").keys() == {0, 2, 4}
     assert 0 < metrics("run", "dag/gate_mean")[4] < 1
-    assert metrics("run", "dag/gradient_norm/values")[4] > 0
+    assert metrics("run", "dag/gradient_norm/planner")[4] > 0
     run_card = json.loads(Path("run/run.json").read_text())
     assert run_card["command"][1:] == sys.argv
     assert json.loads(Path("run/config.json").read_text())["dag_depth"] == 2
 
 
-@pytest.mark.parametrize("inputs", ["token", "sequence"])
+@pytest.mark.parametrize("inputs", SYSTEMS)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(run, inputs):
     flags = [
         "--dropout=0.2",
-        f"--dag_inputs={inputs}",
+        *SYSTEMS[inputs],
         "--eval_interval=3",
         "--lr_decay_iters=6",
         "--gradient_accumulation_steps=2",
@@ -321,7 +328,7 @@ def torchrun(tmp_path, *arguments):
 
 
 def test_two_processes_equal_one_on_the_same_global_batch(run, data_dir, tmp_path):
-    flags = ["--max_iters=3", "--gradient_accumulation_steps=4", "--dag_plan=soft", f"--data_dir={data_dir}"]
+    flags = ["--max_iters=3", "--gradient_accumulation_steps=4", *SOFT, f"--data_dir={data_dir}"]
     done = torchrun(tmp_path, *flags, "--out_dir=two")
     assert done.returncode == 0, done.stderr
     run(*flags, "--out_dir=one")
@@ -344,9 +351,10 @@ def test_an_error_in_two_processes_ends_both(data_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_and_eager_training_agree(run):
+@pytest.mark.parametrize("inputs", ["numbers", "sequence"])
+def test_compiled_and_eager_training_agree(run, inputs):
     for setting in ("true", "false"):
-        run("--max_iters=3", f"--compile={setting}", f"--out_dir={setting}", "--dag_inputs=sequence")
+        run("--max_iters=3", f"--compile={setting}", f"--out_dir={setting}", *SYSTEMS[inputs])
     compiled, eager = metrics("true", "train/batch_loss"), metrics("false", "train/batch_loss")
     assert compiled == pytest.approx(eager, rel=1e-3)
 

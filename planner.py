@@ -1,0 +1,226 @@
+"""How a plan is made: which operation on which slots, step by step, and how the result is to be written.
+
+- DAGPlanPredictor: choices one after another, each given those before it; learns from plans that explain the text
+- MixedPlanPredictor: all choices at once, soft or straight-through, learned by gradient through the result
+- LearnedNumbers: what a number is worth as a learned map of the hidden state that has read it
+
+Legend: C width, E width of the planner, K inputs, D steps, S = K + D slots, O operations, F formats, N plans.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import dense_dag
+import exact
+from plan_search import Plans
+
+
+class SlotReader(nn.Module):
+    """What a planner knows of the slots: K numbers that were read, and the results of D steps."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, E = config.n_embd, config.n_embd // 2
+        self.width, self.num_inputs, self.depth = E, config.dag_num_inputs, config.dag_depth
+        self.num_slots = self.num_inputs + self.depth
+        self.context = nn.Linear(C, E)  # of the hidden state before the number that is planned
+        self.key = nn.Linear(C, E)  # of an input, from the hidden state at the token that completed it
+        self.slot = nn.Embedding(self.num_slots, E)
+        earlier = torch.ones(self.depth, self.depth, dtype=torch.bool).tril(-1)
+        self.register_buffer("earlier", earlier, persistent=False)  # which results each step sees
+
+    def read(self, hidden, readers) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states where plans are made (N, C), and where the newest numbers were read (N, up to K, C) -> contexts
+        (N, E), keys of all slots (N, S, E).
+        """
+        keys = F.pad(self.key(readers), (0, 0, 0, self.num_inputs - readers.size(1)))
+        inputs, results = self.slot.weight.split([self.num_inputs, self.depth])
+        return self.context(hidden), torch.cat([inputs + keys, results.expand(len(keys), -1, -1)], dim=1)
+
+    def visible(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Which inputs there are (N, K) -> which slots each step sees (N, D, S)."""
+        inputs = inputs[:, None].expand(-1, self.depth, -1)
+        return torch.cat([inputs, self.earlier.expand(len(inputs), -1, -1)], dim=-1)
+
+
+class DAGPlanPredictor(SlotReader):
+    """Draws plans step by step: operation, operand 1, operand 2, each given the choices before it.
+
+    Step s sees the visible inputs and the results of steps 0..s-1, that is slots 0..K+s-1. `identity` ends a
+    plan: the steps after it are not chosen, they pass the result on. What a plan has chosen so far enters as a
+    sum of embeddings, so the log-probability of a given plan takes one pass over all its steps.
+    """
+
+    def __init__(self, config, names: list[str]):
+        super().__init__(config)
+        D, O, E = self.depth, len(names), self.width
+        self.end = names.index("identity")
+        for property in ("binary", "commutative"):
+            of_operation = [getattr(exact.OPERATIONS[name], property) for name in names]
+            self.register_buffer(property, torch.tensor(of_operation), persistent=False)
+        self.step = nn.Embedding(D + 1, E)
+        sizes = dict(operation=O, operand1=self.num_slots, operand2=self.num_slots)
+        self.chosen = nn.ModuleDict({name: nn.Embedding(D * size, E) for name, size in sizes.items()})
+        self.norm = nn.LayerNorm(E, bias=config.bias)
+        self.mlp = nn.Sequential(nn.Linear(E, 4 * E), nn.GELU(approximate="tanh"), nn.Linear(4 * E, E))
+        self.operation_score = nn.Linear(E, O)
+        self.query1, self.query2 = nn.Linear(E, E), nn.Linear(E, E)
+        self.operation_in_query1, self.operation_in_query2 = nn.Embedding(O, E), nn.Embedding(O, E)
+        self.operand1_in_query2 = nn.Embedding(self.num_slots, E)
+        self.format_score = nn.Linear(E, len(exact.FORMATS))
+
+    def state(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp(self.norm(x))
+
+    def operand1_score(self, state, operation, keys, visible) -> torch.Tensor:
+        """(N, ..., E), (N, ...), (N, S, E), (N, ..., S) -> (N, ..., S), -inf where not visible"""
+        return self._attend(self.query1(state) + self.operation_in_query1(operation), keys, visible)
+
+    def operand2_score(self, state, operation, operand1, keys, visible) -> torch.Tensor:
+        choices = self.operation_in_query2(operation) + self.operand1_in_query2(operand1)
+        return self._attend(self.query2(state) + choices, keys, visible)
+
+    def _attend(self, query, keys, visible) -> torch.Tensor:
+        score = torch.einsum("n...c,nsc->n...s", query, keys).float() / math.sqrt(keys.size(-1))
+        return score.masked_fill(~visible, -torch.inf)  # before any softmax
+
+    def remember(self, step, operation, operand1, operand2) -> torch.Tensor:
+        """What a step has chosen, (N,) or (N, D) each, as a vector (..., E)."""
+        O, S = len(self.binary), self.num_slots
+        return (
+            self.chosen["operation"](step * O + operation)
+            + self.chosen["operand1"](step * S + operand1)
+            + self.chosen["operand2"](step * S + operand2)
+        )
+
+    def forward(
+        self, context, keys, inputs, explore: float | None = None
+    ) -> tuple[Plans, torch.Tensor, torch.Tensor]:
+        """Contexts (N, E), slot keys (N, S, E), visible inputs (N, K) -> plans, their log-probability (N,), and
+        that of every format (N, F). Takes the likeliest choices one after another; with `explore`, in [0, 1), draws
+        them, and so often takes any choice there is.
+        """
+        N, K, D = len(context), self.num_inputs, self.depth
+        x, visible = context.float(), self.visible(inputs)
+        steps = torch.arange(D, device=x.device).expand(N, D)
+        plans = Plans(torch.full_like(steps, self.end), (K - 1 + steps).contiguous(), torch.zeros_like(steps))
+        log_p, last = x.new_zeros(N, dtype=torch.float32), x.clone()
+        going = torch.arange(N, device=x.device)  # plans that have not ended
+
+        def choose(scores):
+            log_probability = F.log_softmax(scores.float(), dim=-1)
+            score = log_probability
+            if explore is not None:
+                possible = scores > -torch.inf
+                drawn_from = (1 - explore) * score.exp() + explore * possible / possible.sum(-1, keepdim=True)
+                score = drawn_from.log() - torch.empty_like(score).exponential_().log()  # Gumbel's trick
+            choice = score.argmax(-1)
+            return choice, log_probability.gather(-1, choice[:, None]).squeeze(1)
+
+        for step in range(D):
+            state, seen = self.state(x + self.step.weight[step]), visible[:, step]
+            operation, log_p0 = choose(self.operation_score(state))
+            operand1, log_p1 = choose(self.operand1_score(state, operation, keys, seen))
+            operand2, log_p2 = choose(self.operand2_score(state, operation, operand1, keys, seen))
+            binary, goes_on = self.binary[operation], operation != self.end
+            chosen = operation, operand1, operand2 * binary
+            log_p[going] += log_p0 + log_p1 + log_p2 * binary
+            for part, choice in zip(tuple(plans), chosen):
+                part[going, step] = choice
+            x = x + self.remember(step, *chosen)
+            last[going] = x
+            going, x, keys, visible = going[goes_on], x[goes_on], keys[goes_on], visible[goes_on]
+            if len(going) == 0:  # the host waits for the device
+                break
+        return plans, log_p, self._formats(self.state(last + self.step.weight[D]))
+
+    def log_probability(self, context, keys, inputs, plans: Plans) -> tuple[torch.Tensor, torch.Tensor]:
+        """As forward, for given plans: their log-probability (N,), and that of every format (N, F)."""
+        D, seen = self.depth, self.visible(inputs)
+        operation, operand1, operand2 = plans
+        binary, ends = self.binary[operation], operation == self.end
+        over = ends.cumsum(1) - ends.long() > 0  # the steps after the one that ended the plan
+        chosen = self.remember(torch.arange(D, device=context.device), *plans).masked_fill(
+            over[..., None], 0.0
+        )
+        before = F.pad(chosen.cumsum(1), (0, 0, 1, 0))  # (N, D + 1, E)
+        state = self.state(context[:, None] + before + self.step.weight)
+        formats, state = self._formats(state[:, D]), state[:, :D]
+
+        def of(choice, scores):
+            return F.log_softmax(scores.float(), dim=-1).gather(-1, choice[..., None]).squeeze(-1)
+
+        operand2 = operand2.where(binary, operand1)  # any visible slot: its gradient is masked below
+        log_p = of(operation, self.operation_score(state))
+        log_p = log_p + of(operand1, self.operand1_score(state, operation, keys, seen))
+        log_p2 = of(operand2, self.operand2_score(state, operation, operand1, keys, seen))
+        log_p = log_p + log_p2.masked_fill(~binary, 0.0)
+        return log_p.masked_fill(over, 0.0).sum(1), formats
+
+    def _formats(self, state: torch.Tensor) -> torch.Tensor:
+        return F.log_softmax(self.format_score(state).float(), dim=-1)
+
+    def canonical(self, plans: Plans) -> Plans:
+        """The same computations, with the operands of a + b and the like in the order of their slots."""
+        operation, operand1, operand2 = plans
+        swap = self.commutative[operation] & (operand1 > operand2)
+        return Plans(operation, operand2.where(swap, operand1), operand1.where(swap, operand2))
+
+
+class MixedPlanPredictor(SlotReader):
+    """Chooses operands and operations of all steps at once, as dense_dag.PLANS says; formats are not chosen."""
+
+    format = exact.FORMATS.index("digits_12")  # what float64 can tell apart
+
+    def __init__(self, config, names: list[str]):
+        super().__init__(config)
+        self.names, self.choose = names, dense_dag.PLANS[config.dag_plan]
+        self.query = nn.Linear(self.width, self.depth * 2 * self.width)
+        self.operation_score = nn.Linear(self.width, self.depth * len(names))
+
+    def forward(self, context, keys, inputs, values) -> tuple[torch.Tensor, Plans, torch.Tensor]:
+        """Contexts (N, E), slot keys (N, S, E), visible inputs (N, K), values (N, K) -> results (N,), float64, NaN where
+        there is none; the likeliest choices; their log-probability (N,).
+        """
+        N, D, E = len(context), self.depth, self.width
+        query = self.query(context).view(N, D, 2, E) / math.sqrt(E)
+        scores = torch.einsum("ndke,nse->ndks", query, keys).float()
+        scores = scores.masked_fill(~self.visible(inputs)[:, :, None], -torch.inf)  # before the softmax
+        operation_scores = self.operation_score(context).view(N, D, len(self.names)).float()
+        plan = dense_dag.Plan(self.choose(scores)[:, None], self.choose(operation_scores)[:, None])
+        operands, operation = F.log_softmax(scores, -1).max(-1), F.log_softmax(operation_scores, -1).max(-1)
+        log_p = operands.values.sum((1, 2)) + operation.values.sum(1)
+        likeliest = Plans(operation.indices, *operands.indices.unbind(-1))
+        return result_of(plan, values, self.names), likeliest, log_p
+
+
+def result_of(plan: dense_dag.Plan, values: torch.Tensor, names: list[str]) -> torch.Tensor:
+    """Results (N,) of plans over values (N, K), NaN where there is none, with gradients to both."""
+    slots, validity = dense_dag.execute(plan, values[:, None], names)
+    return slots[:, 0, -1].where(validity[:, 0, -1] > 0.5, torch.nan)
+
+
+def as_choices(plans: Plans, num_slots: int, num_operations: int) -> dense_dag.Plan:
+    """N plans (N, D) as one-hot choices."""
+    operands = torch.stack([F.one_hot(slot, num_slots) for slot in (plans.operand1, plans.operand2)], dim=2)
+    return dense_dag.Plan(
+        operands[:, None].float(), F.one_hot(plans.operation, num_operations)[:, None].float()
+    )
+
+
+class LearnedNumbers(nn.Module):
+    """Whole numbers from the hidden states that have read them (N, K, C) -> (N, K) float64."""
+
+    scale = 100.0  # a unit of the linear map: a fresh model's values already spread
+
+    def __init__(self, config):
+        super().__init__()
+        self.extract = nn.Linear(config.n_embd, 1)
+
+    def forward(self, readers: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(readers.device.type, enabled=False):  # bf16 would lose digits
+            value = self.scale * self.extract(readers.float()).squeeze(-1).double()
+        return value + (value.round() - value).detach()

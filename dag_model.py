@@ -479,7 +479,8 @@ class GPT(nn.Module):
         if self.reads_numbers and numerals is None:
             mixed = self.dag.step(hidden, cache.rows, self.lm_head.weight)
         elif self.reads_numbers:
-            mixed, state = self.dag(hidden, idx, numerals, self.lm_head.weight, targets)
+            with torch.autocast(idx.device.type, enabled=False):  # matrices this small are faster in float32
+                mixed, state = self.dag(hidden.float(), idx, numerals, self.lm_head.weight, targets)
         elif self.dag is not None:
             mixed, state = self.dag(hidden, cache, layout.mask)
         if cache is not None and cache.longest == 0:

@@ -139,7 +139,7 @@ class Made(NamedTuple):
 class DifferentiableDAG(nn.Module):
     """The numeric stream: numbers -> plan -> exact result -> offered digits -> hidden states."""
 
-    initial_scale = 5.0  # of dag_scale: an open gate outbids a fresh head
+    initial_scale = 10.0  # of dag_scale: what an open gate lets through is what the head says
 
     def __init__(self, config: GPTConfig, vocabulary: list[bytes]):
         super().__init__()
@@ -169,8 +169,9 @@ class DifferentiableDAG(nn.Module):
     def forward(
         self, hidden, idx, numerals: Numerals, embedding, targets=None
     ) -> tuple[torch.Tensor, DAGState]:
-        """Hidden states (B, T, C) of tokens (B, T), with the offers mixed in. `embedding` (V, C) holds the tokens'
-        vectors as the head has them. Targets (B, T) are for the planner's loss."""
+        """Hidden states (B, T, C) of tokens (B, T), with the offers in their place as far as the gate is open; and what
+        was done. `embedding` (V, C) holds the tokens' vectors as the head has them, targets (B, T) are for the loss.
+        """
         wanted = self.wanted(hidden).float().squeeze(-1)  # (B, T) logits
         open_ = torch.sigmoid(wanted.detach())
         bars = documents.fraction_bars(idx, numerals.offset, self.lexer.char_ids.get("/", -1))
@@ -205,7 +206,7 @@ class DifferentiableDAG(nn.Module):
         vectors = self.vectors(symbol, embedding)  # (M, C)
         if made.result is not None:
             vectors = vectors + self.drift(made, symbols, plan, symbol, k, embedding)
-        mixed = hidden.index_put(at, (gate[:, None] * vectors).to(hidden.dtype), accumulate=True)
+        mixed = hidden.index_put(at, hidden[at].lerp(vectors, gate[:, None]))
         gate = torch.zeros_like(open_).index_put(at, gate)[..., None]
         made_here = (made.plans, made.format, made.log_probability, made.written, symbols)
         return mixed, DAGState(row, position, *made_here, offers, gate, plan_loss)
@@ -291,9 +292,11 @@ class DifferentiableDAG(nn.Module):
                 self._plan_rows([rows[r] for r in opened], hidden[opened, 0], wanted[opened], embedding)
         if not any(row.offer for row in rows):
             return hidden
-        nothing = torch.zeros_like(hidden[0, 0])
-        offered = torch.stack([row.offer[0][1] if row.offer else nothing for row in rows])
-        return hidden + offered[:, None]
+        offering = [r for r, row in enumerate(rows) if row.offer]
+        gates, vectors = (torch.stack(part) for part in zip(*(rows[r].offer[0][1:] for r in offering)))
+        mixed = hidden.clone()  # the rows remember hidden states as they were
+        mixed[offering, 0] = hidden[offering, 0].lerp(vectors, gates[:, None])
+        return mixed
 
     def _plan_rows(self, rows: list[Row], hidden, wanted, embedding) -> None:
         """Plans for rows with hidden states (N, C) and gate logits `wanted` (N,), which offer them from now on."""
@@ -312,12 +315,12 @@ class DifferentiableDAG(nn.Module):
         self.offer(rows, symbols, wanted, made.log_probability, embedding)
 
     def offer(self, rows: list[Row], symbols, wanted, log_p, embedding, first: int = 0) -> None:
-        """Rows get a plan's symbols from the `first` on, each with what it adds to a hidden state; (N,) the others."""
+        """Rows get a plan's symbols from the `first` on, each with its gate and its vector; (N,) the others."""
         for row, tokens, *plan in zip(rows, symbols, wanted, log_p):
             symbol = torch.tensor(tokens[first:], dtype=torch.long, device=wanted.device)
             k = torch.arange(first, len(tokens), device=wanted.device)
             gate = self.gate(*(fact.expand(len(symbol)) for fact in plan), symbol, k)
-            row.offer = list(zip(tokens[first:], gate[:, None] * self.vectors(symbol, embedding)))
+            row.offer = list(zip(tokens[first:], gate, self.vectors(symbol, embedding)))
 
     def resume(self, rows: list[Row], hidden, state: DAGState, embedding) -> None:
         """Give rows that have read their prompts what they need to go on: who read the numbers, and what is offered."""

@@ -67,7 +67,7 @@ class Row:
         self.ended = self.at_bar = False
         length = None if lexer is None else lexer.num_inputs
         self.readers, self.seen = deque(maxlen=length), deque(maxlen=length)  # hidden states (C,), columns
-        self.offer: list[tuple[int, torch.Tensor]] = []  # symbols, the next one first, and what they add (C,)
+        self.offer: list[tuple] = []  # the next one first: symbol, gate (), vector (C,)
 
     def feed(self, token: int) -> None:
         self.column += 1

@@ -12,6 +12,7 @@ class is the plain GPT, and the baseline.
 - numbers are read from the digits (numerals.py), results are exact at any length (exact.py)
 - one plan a number, made at the position before it, held while the text follows what it offers (readout.py)
 - operations, operands and format are chosen by the hidden state, step by step, each seeing the choices before
+  (planner.py)
 - learned from plain text: a plan whose written result is the number that follows in the text explains it, and the
   planner's loss is minus the log-probability of all such plans found (plan_search.py). No labels, and no gradient
   through values

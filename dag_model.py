@@ -61,7 +61,7 @@ class GPTConfig:
     bias: bool = False  # biases in linear maps and LayerNorms, as GPT-2 has them
     separator_id: int = -1  # attention and positions begin anew after this token; -1 for one endless text
     dag_depth: int = 4  # steps D; 0 is the plain GPT
-    dag_inputs: str = "numbers"  # a key of INPUTS; all below but depth and operations depend on it
+    dag_inputs: str = "numbers"  # a key of DAGS; what the next three may be depends on it, see CHOICES
     dag_values: str = "literal"
     dag_plan: str = "searched"
     dag_fold: str = "digits"
@@ -106,15 +106,6 @@ def target_at(following: Following, at) -> Target:
     return Target(value, places.masked_fill(slash, -1), ends_in_zero)
 
 
-def rounded(value: float) -> exact.Rational | None:
-    """A float as it is, None for NaN."""
-    return None if math.isnan(value) else value.as_integer_ratio()
-
-
-def rational(mantissa: int, places: int) -> exact.Rational:
-    return exact.reduced(mantissa, 10**places) if places else (mantissa, 1)
-
-
 class Sight(NamedTuple):
     """What the plans at N positions are made from."""
 
@@ -152,8 +143,7 @@ class DifferentiableDAG(nn.Module):
         self.operations = [exact.OPERATIONS[name] for name in self.names]
         self.digits, self.over = config.dag_digits, config.vocab_size
         self.separator_id = config.separator_id
-        separator_id = None if config.separator_id < 0 else config.separator_id
-        self.lexer = Lexer(vocabulary, separator_id, config.dag_num_inputs)
+        self.lexer = Lexer(vocabulary, config.separator_id, config.dag_num_inputs)
         self.near_digit = nn.Embedding(NEAR + 1, config.n_embd)  # how far into a number a token is
         self.mixes = config.dag_plan in dense_dag.PLANS
         self.planner = (MixedPlanPredictor if self.mixes else DAGPlanPredictor)(config, self.names)
@@ -234,7 +224,9 @@ class DifferentiableDAG(nn.Module):
             context, keys = self.planner.read(sight.hidden, sight.readers)
             result, plans, log_p = self.planner(context, keys, sight.inputs, sight.values)
             format = torch.full_like(plans.operation[:, 0], self.planner.format)
-            written = [self.write(rounded(value), self.planner.format) for value in to_list(result.detach())]
+            written = [
+                self.write(exact.from_float(value), self.planner.format) for value in to_list(result.detach())
+            ]
             return Made(plans, format, log_p, written, result)
         with torch.no_grad():
             plans, log_p, formats = self.planner(
@@ -244,7 +236,7 @@ class DifferentiableDAG(nn.Module):
         if self.learned_numbers is None:
             numbers, result = read(), None
         else:
-            numbers = [[rounded(value) for value in row] for row in to_list(sight.values.detach())]
+            numbers = [[exact.from_float(value) for value in row] for row in to_list(sight.values.detach())]
             choices = as_choices(plans, self.planner.num_slots, len(self.names))
             result = result_of(choices, sight.values, self.names)
         return Made(plans, format, log_p + format_log_p, self.run(plans, format, numbers), result)
@@ -261,7 +253,7 @@ class DifferentiableDAG(nn.Module):
                     tokens = tokens or to_list(idx)
                     spans = spans or to_list(torch.stack([numerals.first[at], numerals.last[at]], dim=-1))
                     mantissa[k], places[k] = self.lexer.read_number(tokens[rows[n]], *spans[n][k])
-            numbers.append([rational(*number) for number in zip(mantissa[: counts[n]], places)])
+            numbers.append([exact.from_decimal(*number) for number in zip(mantissa[: counts[n]], places)])
             numbers[-1] += [None] * (self.planner.num_inputs - counts[n])
         return numbers
 
@@ -304,7 +296,7 @@ class DifferentiableDAG(nn.Module):
         K, counts = self.planner.num_inputs, [len(row.readers) for row in rows]
         readers = pad_sequence([torch.stack(tuple(row.readers)) for row in rows], batch_first=True)
         inputs = torch.tensor([[k < count for k in range(K)] for count in counts], device=hidden.device)
-        numbers = [[rational(*number) for number in row.reader.numbers] for row in rows]
+        numbers = [[exact.from_decimal(*number) for number in row.reader.numbers] for row in rows]
         numbers = [known + [None] * (K - len(known)) for known in numbers]
         values = [[x[0] / x[1] if x else 0.0 for x in known] for known in numbers] if self.mixes else 0.0
         values = torch.tensor(values, dtype=torch.float64, device=hidden.device).expand(len(rows), K)
@@ -480,11 +472,12 @@ class GPT(nn.Module):
             x = block(x, cache, layout.mask)
         hidden = self.transformer.ln_f(x)
         mixed, state = hidden, None
-        if self.reads_numbers and numerals is None:
-            mixed = self.dag.step(hidden, cache.rows, self.lm_head.weight)
-        elif self.reads_numbers:
+        if self.reads_numbers:
             with torch.autocast(idx.device.type, enabled=False):  # matrices this small are faster in float32
-                mixed, state = self.dag(hidden.float(), idx, numerals, self.lm_head.weight, targets)
+                if numerals is None:
+                    mixed = self.dag.step(hidden.float(), cache.rows, self.lm_head.weight)
+                else:
+                    mixed, state = self.dag(hidden.float(), idx, numerals, self.lm_head.weight, targets)
         elif self.dag is not None:
             mixed, state = self.dag(hidden, cache, layout.mask)
         if cache is not None and cache.longest == 0:

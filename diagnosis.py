@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import exact
-from dag_model import GPT, DAGState, DenseState, DifferentiableDAG, rational
+from dag_model import GPT, DAGState, DenseState, DifferentiableDAG
 from numerals import Lexer, Reader
 from tasks import Attempt, Problem, encode, in_batches, to_number
 from tokenizer import Tokenizer
@@ -198,7 +198,7 @@ def reader_after(dag: DifferentiableDAG, tokens: list[int]) -> Reader:
 
 def numbers_after(dag: DifferentiableDAG, tokens: list[int]) -> list[exact.Rational]:
     """The numbers that a plan after these tokens sees, the newest first."""
-    return [rational(*number) for number in reader_after(dag, tokens).numbers]
+    return [exact.from_decimal(*number) for number in reader_after(dag, tokens).numbers]
 
 
 def may_plan(dag: DifferentiableDAG, tokens: list[int], first: int) -> bool:

@@ -48,6 +48,16 @@ def context(precision: int) -> decimal.Context:
     return decimal.Context(prec=precision, rounding=decimal.ROUND_HALF_EVEN)
 
 
+def from_decimal(mantissa: int, places: int) -> Rational:
+    """mantissa / 10^places"""
+    return reduced(mantissa, 10**places) if places else (mantissa, 1)
+
+
+def from_float(value: float) -> Rational | None:
+    """A float exactly as it is, None for NaN."""
+    return None if math.isnan(value) else value.as_integer_ratio()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # operations: (a, b, digits) -> value; Operation.apply is what holds it to so many digits
 

@@ -19,9 +19,7 @@ NOTHING = -1  # as an offer
 
 
 class Offers(NamedTuple):
-    symbol: (
-        torch.Tensor
-    )  # (B, T) int64: a token id, `over` (vocab_size) where the number is complete, or NOTHING
+    symbol: torch.Tensor  # (B, T) int64: a token id, vocab_size where the number is over, or NOTHING
     log_probability: torch.Tensor  # (B, T), of the plan behind it; 0 for nothing
     written: torch.Tensor  # (B, T) int64: how many of the plan's symbols the text has written so far
     plan: torch.Tensor  # (B, T) int64: which of the N plans; N for nothing
@@ -77,11 +75,10 @@ def digit_weights(written: list[str | None], symbols: list[list[int]]) -> torch.
     """
     rows = []
     for text, tokens in zip(written, symbols):
-        chars = (
-            (text or "")[len(text or "") + 1 - len(tokens) :] if tokens else ""
-        )  # without a sign written before
+        text = text or ""
+        chars = text[len(text) + 1 - len(tokens) :] if tokens else ""  # without a sign written before
         whole = len(chars.partition(".")[0])
-        sign = -1.0 if text and text.startswith("-") else 1.0
+        sign = -1.0 if text.startswith("-") else 1.0
         place = [whole - 1 - k + (k > whole) for k in range(len(chars))]
         rows.append(
             [sign * 10.0**-p if char.isdigit() else 0.0 for p, char in zip(place, chars)]

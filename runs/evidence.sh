@@ -20,20 +20,19 @@ declare -A arms=(
     [straight_through]="config/train_default.py --dag_plan=straight_through"
     [sampled]="config/train_default.py --dag_plan=sampled"
 )
+[ $# -gt 0 ] || set -- default plain plain_wide seed000 seed001 learned soft straight_through sampled
 for seed in ${SEEDS:-1 2 3}; do
-    for arm in "${@:-default plain plain_wide seed000 seed001 learned soft straight_through sampled}"; do
-        for arm in $arm; do # the list above is one word
-            run=$out/$arm-$seed
-            if [ ! -f "$run/scores.json" ]; then
-                rm -rf "$run"
-                # shellcheck disable=SC2086
-                python train.py ${arms[$arm]} --seed="$seed" --out_dir="$run"
-                python evaluate.py --out_dir="$run" --suite=all --json="$run/scores.json"
-            fi
-            if [ "$arm" = default ] && [ ! -f "$run/scores_silent.json" ]; then
-                python evaluate.py --out_dir="$run" --suite=all --silent=true --json="$run/scores_silent.json"
-            fi
-        done
+    for arm in "$@"; do
+        run=$out/$arm-$seed
+        if [ ! -f "$run/scores.json" ]; then
+            rm -rf "$run"
+            # shellcheck disable=SC2086
+            python train.py ${arms[$arm]} --seed="$seed" --out_dir="$run"
+            python evaluate.py --out_dir="$run" --suite=all --json="$run/scores.json"
+        fi
+        if [ "$arm" = default ] && [ ! -f "$run/scores_silent.json" ]; then
+            python evaluate.py --out_dir="$run" --suite=all --silent=true --json="$run/scores_silent.json"
+        fi
     done
 done
 python runs/evidence_table.py "$out"

@@ -1,33 +1,35 @@
 #!/usr/bin/env bash
 # What the DAG is worth: every arm of the table in README.md, with three seeds each, the same text, the same number of
-# steps and the same batch. About two hours on 2 CPU cores; what is done already is not done again.
+# steps and the same batch. About three hours on a CPU core; what is done already is not done again.
 #
 #   bash runs/evidence.sh                      all arms, seeds 1 2 3
-#   bash runs/evidence.sh default              one arm
-#   SEEDS="1" bash runs/evidence.sh plain soft
+#   bash runs/evidence.sh default              one arm, all seeds
+#   SEEDS=1 OMP_NUM_THREADS=1 bash runs/evidence.sh plain soft
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 out=${OUT:-out/evidence}
+default="train.py config/train_default.py"
 declare -A arms=(
-    [default]="config/train_default.py"
-    [plain]="config/train_default.py --dag_depth=0"
-    [plain_wide]="config/train_default.py --dag_depth=0 --n_embd=136" # the DAG's parameters, spent on width
-    [seed000]="config/train_seed000.py"
-    [seed001]="config/train_seed001.py"
-    [learned]="config/train_default.py --dag_values=learned"
-    [soft]="config/train_default.py --dag_plan=soft"
-    [straight_through]="config/train_default.py --dag_plan=straight_through"
-    [sampled]="config/train_default.py --dag_plan=sampled"
+    [default]="$default"
+    [plain]="$default --dag_depth=0"
+    [plain_wide]="$default --dag_depth=0 --n_embd=136" # the DAG's parameters, spent on width
+    [seed000]="train.py config/train_seed000.py"
+    [seed001]="train.py config/train_seed001.py"
+    [learned]="$default --dag_values=learned"
+    [soft]="$default --dag_plan=soft"
+    [straight_through]="$default --dag_plan=straight_through"
+    [labelled]="runs/train_labelled.py config/train_default.py" # the generator's own plans: an upper bound
+    [sampled]="$default --dag_plan=sampled"                     # a second a step: only where it is asked for
 )
-[ $# -gt 0 ] || set -- default plain plain_wide seed000 seed001 learned soft straight_through sampled
+[ $# -gt 0 ] || set -- default plain plain_wide seed000 seed001 learned soft straight_through labelled
 for seed in ${SEEDS:-1 2 3}; do
     for arm in "$@"; do
         run=$out/$arm-$seed
         if [ ! -f "$run/scores.json" ]; then
             rm -rf "$run"
             # shellcheck disable=SC2086
-            python train.py ${arms[$arm]} --seed="$seed" --out_dir="$run"
+            python ${arms[$arm]} --seed="$seed" --out_dir="$run"
             python evaluate.py --out_dir="$run" --suite=all --json="$run/scores.json"
         fi
         if [ "$arm" = default ] && [ ! -f "$run/scores_silent.json" ]; then

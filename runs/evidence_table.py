@@ -12,6 +12,7 @@ from pathlib import Path
 
 ARMS = {
     "default": "**DAG, default**",
+    "labelled": "the same, plans labelled by the generator",
     "silent": "the same, silenced after training",
     "sampled": "plans sampled from the planner",
     "straight_through": "straight-through plans",

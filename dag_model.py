@@ -78,6 +78,18 @@ class GPTConfig:
 # The DAG
 
 
+class Sight(NamedTuple):
+    """What the plans at N positions are made from."""
+
+    hidden: torch.Tensor  # (N, C), where the plan is made
+    readers: torch.Tensor  # (N, up to K, C), where the numbers at hand were completed, the newest first
+    inputs: torch.Tensor  # (N, K) bool: which of K numbers there are
+    values: torch.Tensor  # (N, K) float64, NaN where there is none
+
+    def __getitem__(self, rows) -> "Sight":
+        return Sight(*(part.index_select(0, rows) for part in tuple(self)))
+
+
 class DAGState(NamedTuple):
     """What the DAG did, for tests, logs and pictures. N plans, in the order of rows and positions."""
 
@@ -91,6 +103,7 @@ class DAGState(NamedTuple):
     offers: Offers  # (B, T) each
     gate: torch.Tensor  # (B, T, 1), in [0, 1): 0 where nothing is offered
     plan_loss: torch.Tensor | None  # (), in nats, in training only
+    sight: Sight  # what the N plans were made from
 
 
 def to_list(tensor: torch.Tensor) -> list:
@@ -104,18 +117,6 @@ def target_at(following: Following, at) -> Target:
     ends_in_zero = (places > 0) & (following.mantissa[at] % 10 == 0)
     value = following.fraction_value[at].where(slash, following.value[at])
     return Target(value, places.masked_fill(slash, -1), ends_in_zero)
-
-
-class Sight(NamedTuple):
-    """What the plans at N positions are made from."""
-
-    hidden: torch.Tensor  # (N, C), where the plan is made
-    readers: torch.Tensor  # (N, up to K, C), where the numbers at hand were completed, the newest first
-    inputs: torch.Tensor  # (N, K) bool: which of K numbers there are
-    values: torch.Tensor  # (N, K) float64, NaN where there is none
-
-    def __getitem__(self, rows) -> "Sight":
-        return Sight(*(part.index_select(0, rows) for part in tuple(self)))
 
 
 class Made(NamedTuple):
@@ -200,7 +201,7 @@ class DifferentiableDAG(nn.Module):
         mixed = hidden.index_put(at, hidden[at].lerp(vectors, gate[:, None]))
         gate = torch.zeros_like(open_).index_put(at, gate)[..., None]
         made_here = (made.plans, made.format, made.log_probability, made.written, symbols)
-        return mixed, DAGState(row, position, *made_here, offers, gate, plan_loss)
+        return mixed, DAGState(row, position, *made_here, offers, gate, plan_loss, sight)
 
     def look(self, hidden, numerals: Numerals, at) -> Sight:
         row, position = at

@@ -30,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import exact
 from dag_model import GPT, DAGState, DenseState, DifferentiableDAG
+from explain import plan_text, steps_of
 from numerals import Lexer, Reader
 from tasks import Attempt, Problem, encode, in_batches, to_number
 from tokenizer import Tokenizer
@@ -38,7 +39,6 @@ OPEN = 0.5  # a gate above this is open
 SPELLED = re.compile(  # as a person reads it; but max(12,345) is of two
     r"(((?<![,(])\d{1,3}(,\d{3})+(?!\d)|\d+)(\.\d+)?|\.\d+)(e[+-]?\d+)?", re.IGNORECASE
 )
-INFIX = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/", "power": "^"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def run_again(
     dag: DifferentiableDAG, state: DAGState, n: int, numbers: list[exact.Rational]
 ) -> tuple[exact.Rational | None, str]:
     """The value of plan n over these numbers, and the plan as text."""
-    steps = torch.stack(tuple(state.plans), dim=-1)[n].tolist()
+    steps = steps_of(dag, state.plans, n)
     slots = numbers + [None] * (dag.planner.num_inputs - len(numbers))
     slots += exact.run(steps, slots, dag.digits, dag.operations)
     return slots[-1], plan_text(steps, slots, dag.names, state.written[n])
@@ -216,30 +216,3 @@ def unread(prompt: str, numbers: list[exact.Rational]) -> bool:
 def writes(value: exact.Rational, answer: str, digits: int) -> bool:
     """Whether the value in any format is the answer."""
     return Fraction(*value) == to_number(answer) or bool(exact.matching_formats(value, answer, digits))
-
-
-def plan_text(steps: list, slots: list[exact.Rational | None], names: list[str], written: str | None) -> str:
-    """A plan over the values of its slots, such as 12 + (7 * 3 = 21) = 33."""
-    K = len(slots) - len(steps)
-    values = [value_text(value) for value in slots]
-
-    def formula(slot: int) -> str:
-        operation, a, b = steps[slot - K]
-        name = names[operation]
-        if name in INFIX:
-            return f"{term(a)} {INFIX[name]} {term(b)}"
-        return f"{name}({term(a)}, {term(b)})" if exact.OPERATIONS[name].binary else f"{name}({term(a)})"
-
-    def term(slot: int) -> str:
-        return values[slot] if slot < K else f"({formula(slot)} = {values[slot]})"
-
-    last = len(slots) - 1
-    while last >= K and names[steps[last - K][0]] == "identity":
-        last = steps[last - K][1]
-    return f"{formula(last) if last >= K else values[last]} = {written or 'nothing'}"
-
-
-def value_text(value: exact.Rational | None) -> str:
-    if value is None:
-        return "nothing"
-    return exact.write(value, "exact") or exact.write(value, "fraction")

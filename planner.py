@@ -135,32 +135,43 @@ class DAGPlanPredictor(SlotReader):
             going, x, keys, visible = going[goes_on], x[goes_on], keys[goes_on], visible[goes_on]
             if len(going) == 0:  # the host waits for the device
                 break
-        return plans, log_p, self._formats(self.state(last + self.step.weight[D]))
+        return plans, log_p, self.formats(self.state(last + self.step.weight[D]))
+
+    def choices(self, context, keys, inputs, plans: Plans) -> tuple[torch.Tensor, ...]:
+        """Log-probabilities of everything that the steps of given plans could have chosen in its place: operations
+        (N, D, O), slots as operand 1 and as operand 2 (N, D, S), formats (N, F).
+        """
+        D, seen = self.depth, self.visible(inputs)
+        operation, operand1, operand2 = plans
+        over = self.is_over(operation)[..., None]
+        chosen = self.remember(torch.arange(D, device=context.device), *plans).masked_fill(over, 0.0)
+        before = F.pad(chosen.cumsum(1), (0, 0, 1, 0))  # (N, D + 1, E)
+        state = self.state(context[:, None] + before + self.step.weight)
+        scores = (
+            self.operation_score(state[:, :D]),
+            self.operand1_score(state[:, :D], operation, keys, seen),
+            self.operand2_score(state[:, :D], operation, operand1, keys, seen),
+        )
+        return *(F.log_softmax(score.float(), dim=-1) for score in scores), self.formats(state[:, D])
 
     def log_probability(self, context, keys, inputs, plans: Plans) -> tuple[torch.Tensor, torch.Tensor]:
         """As forward, for given plans: their log-probability (N,), and that of every format (N, F)."""
-        D, seen = self.depth, self.visible(inputs)
+        *choices, formats = self.choices(context, keys, inputs, plans)
         operation, operand1, operand2 = plans
-        binary, ends = self.binary[operation], operation == self.end
-        over = ends.cumsum(1) - ends.long() > 0  # the steps after the one that ended the plan
-        chosen = self.remember(torch.arange(D, device=context.device), *plans).masked_fill(
-            over[..., None], 0.0
-        )
-        before = F.pad(chosen.cumsum(1), (0, 0, 1, 0))  # (N, D + 1, E)
-        state = self.state(context[:, None] + before + self.step.weight)
-        formats, state = self._formats(state[:, D]), state[:, :D]
-
-        def of(choice, scores):
-            return F.log_softmax(scores.float(), dim=-1).gather(-1, choice[..., None]).squeeze(-1)
-
+        binary, over = self.binary[operation], self.is_over(operation)
         operand2 = operand2.where(binary, operand1)  # any visible slot: its gradient is masked below
-        log_p = of(operation, self.operation_score(state))
-        log_p = log_p + of(operand1, self.operand1_score(state, operation, keys, seen))
-        log_p2 = of(operand2, self.operand2_score(state, operation, operand1, keys, seen))
-        log_p = log_p + log_p2.masked_fill(~binary, 0.0)
-        return log_p.masked_fill(over, 0.0).sum(1), formats
+        log_p, log_p1, log_p2 = (
+            log_p.gather(-1, chosen[..., None]).squeeze(-1)
+            for log_p, chosen in zip(choices, (operation, operand1, operand2))
+        )
+        return (log_p + log_p1 + log_p2.masked_fill(~binary, 0.0)).masked_fill(over, 0.0).sum(1), formats
 
-    def _formats(self, state: torch.Tensor) -> torch.Tensor:
+    def is_over(self, operation: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, D) bool: the steps after the one that ended the plan"""
+        ends = operation == self.end
+        return ends.cumsum(1) - ends.long() > 0
+
+    def formats(self, state: torch.Tensor) -> torch.Tensor:
         return F.log_softmax(self.format_score(state).float(), dim=-1)
 
     def canonical(self, plans: Plans) -> Plans:

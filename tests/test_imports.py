@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "dag_logger": {"dag_model"},
     "engine": {"attention", "dag_model"},
     "tasks": {"dag_model", "dataloader", "engine", "runtime", "tokenizer"},
-    "diagnosis": {"dag_model", "exact", "numerals", "tasks", "tokenizer"},
+    "explain": {"dag_model", "exact", "plan_search", "planner", "tokenizer"},
+    "diagnosis": {"dag_model", "exact", "explain", "numerals", "tasks", "tokenizer"},
 }
 MODEL_SIDE = [
     *("attention", "layers", "exact", "numerals", "documents", "readout"),

@@ -379,6 +379,7 @@ class TrainConfig:
     )
     dag_ops: str = setting("all", "operations by name, separated by commas, or all")
     dag_num_inputs: int = setting(8, "the newest numbers that a plan can see", minimum=1)
+    dag_thousands: bool = setting(False, "read 1,234 as one number; then write max(12, 345) with a blank")
     dag_digits: int = setting(36, "digits that exact results may have", minimum=1)
     dag_leaves: int = setting(
         3,
@@ -419,6 +420,7 @@ class TrainConfig:
     wandb_project: str = setting("dag-gpt", "project")
     wandb_run_name: str = setting("", "run; empty is the name of the run folder")
     wandb_mode: str = setting("online", "offline needs no account", choices=("online", "offline", "disabled"))
+    wandb_artifacts: bool = setting(False, "upload checkpoints too, as artifacts")
 
     def check(self) -> None:
         if self.n_embd % self.n_head:

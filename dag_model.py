@@ -25,6 +25,7 @@ H hits, P positions in a cache.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -67,6 +68,7 @@ class GPTConfig:
     dag_fold: str = "digits"
     dag_ops: str = "all"  # keys of exact.OPERATIONS separated by commas, or "all"
     dag_num_inputs: int = 8  # K, the newest numbers that a plan can see
+    dag_thousands: bool = False  # read 1,234 as one number
     dag_digits: int = 36  # of numerators and denominators; a longer result is none
     dag_leaves: int = 3  # numbers in the longest plans that are searched for the loss
     dag_context: str = "linear"  # a key of dense_dag.CONTEXTS, as are the next two of the dense DAGs alone
@@ -104,6 +106,8 @@ class DAGState(NamedTuple):
     gate: torch.Tensor  # (B, T, 1), in [0, 1): 0 where nothing is offered
     plan_loss: torch.Tensor | None  # (), in nats, in training only
     sight: Sight  # what the N plans were made from
+    result: torch.Tensor | None  # (N,) float64 with a gradient, where something learns from it
+    folded: torch.Tensor  # (M, C), what is offered at M positions as vectors, before the gate
 
 
 def to_list(tensor: torch.Tensor) -> list:
@@ -144,11 +148,12 @@ class DifferentiableDAG(nn.Module):
         self.operations = [exact.OPERATIONS[name] for name in self.names]
         self.digits, self.over = config.dag_digits, config.vocab_size
         self.separator_id = config.separator_id
-        self.lexer = Lexer(vocabulary, config.separator_id, config.dag_num_inputs)
+        self.lexer = Lexer(vocabulary, config.separator_id, config.dag_num_inputs, config.dag_thousands)
         self.near_digit = nn.Embedding(NEAR + 1, config.n_embd)  # how far into a number a token is
         self.mixes = config.dag_plan in dense_dag.PLANS
         self.planner = (MixedPlanPredictor if self.mixes else DAGPlanPredictor)(config, self.names)
         self.learned_numbers = LearnedNumbers(config) if config.dag_values == "learned" else None
+        self.hits = Counter()  # what the plan loss found, until somebody clears it
         self.bank = None
         if config.dag_plan == "searched":
             self.bank = PlanBank(self.names, min(config.dag_leaves, config.dag_num_inputs), config.dag_depth)
@@ -171,10 +176,7 @@ class DifferentiableDAG(nn.Module):
         if not self.training:
             here = here & (open_ > SHUT)
         elif targets is not None:
-            last = targets[:, -1:]
-            following = self.lexer.following(
-                torch.cat([idx, last.where(last >= 0, max(self.separator_id, 0))], dim=1)
-            )
+            following = documents.following(self.lexer, idx, targets, self.separator_id)
             here = here & (following.opens | (open_ > SHUT / 5))  # no other gate could open soon
         at = row, position = here.nonzero(as_tuple=True)  # the host waits for the device
         sight = self.look(hidden, numerals, at)
@@ -200,8 +202,8 @@ class DifferentiableDAG(nn.Module):
             vectors = vectors + self.drift(made, symbols, plan, symbol, k, embedding)
         mixed = hidden.index_put(at, hidden[at].lerp(vectors, gate[:, None]))
         gate = torch.zeros_like(open_).index_put(at, gate)[..., None]
-        made_here = (made.plans, made.format, made.log_probability, made.written, symbols)
-        return mixed, DAGState(row, position, *made_here, offers, gate, plan_loss, sight)
+        done = (made.plans, made.format, made.log_probability, made.written, symbols, offers, gate)
+        return mixed, DAGState(row, position, *done, plan_loss, sight, made.result, vectors)
 
     def look(self, hidden, numerals: Numerals, at) -> Sight:
         row, position = at
@@ -371,9 +373,11 @@ class DifferentiableDAG(nn.Module):
         right = target[n].formats(torch.cat([result[own], found_results]))  # (H, F)
         written = right.any(-1)
         n, hits, right = n[written], hits[written], right[written]
+        numbers, group = n.unique(return_inverse=True)
+        counted = dict(own=len(own), searched=len(missed), explained=len(numbers), plans=len(n))
+        self.hits.update(numbers=len(odds), **counted)
         if len(n) == 0:  # every parameter takes part in every step, or distributed training would wait
             return 0.0 * sum(parameter.sum() for parameter in self.planner.parameters())
-        numbers, group = n.unique(return_inverse=True)
         sight = sight[numbers]
         context, keys = self.planner.read(sight.hidden, sight.readers)
         log_p, formats = self.planner.log_probability(context[group], keys[group], sight.inputs[group], hits)
@@ -467,7 +471,7 @@ class GPT(nn.Module):
             layout = documents.layout(idx, self.config.separator_id, numerals)
         x = self.transformer.wte(idx) + self.transformer.wpe(layout.positions)
         if self.reads_numbers:
-            x = x + self.dag.near_digit(layout.offset)
+            x = x + self.dag.near_digit(layout.depth)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, cache, layout.mask)

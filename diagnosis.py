@@ -76,7 +76,8 @@ def read_lines(
     if model.dag is None or not (model.reads_numbers or model.config.dag_gate):
         return
     separator_id = tokenizer.separator_id
-    lexer = Lexer(tokenizer.vocabulary, separator_id, num_inputs=1).to(model.lm_head.weight.device)
+    thousands = model.config.dag_thousands
+    lexer = Lexer(tokenizer.vocabulary, separator_id, 1, thousands).to(model.lm_head.weight.device)
     for batch in in_batches(problems, batch_size):
         prompts = [encode(tokenizer, problem.prompt) for problem in batch]
         answers = [writable(tokenizer, problem.answer) for problem in batch]

@@ -7,6 +7,8 @@ of the text at hand (numerals.py), the trunk reads long ones like short ones, an
     0 1 1 1 1 2 3 4       positions: digits beyond NEAR do not count,
     0 0 0 1 2 0 0 0       and each after the first of these halves the weight that attention gives it
 
+Points are not faded: that of "12345. " ends a sentence, and looks like any other as long as nothing follows.
+
 `layout` does this for whole rows, `Row` token by token while decoding.
 """
 
@@ -17,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from numerals import Lexer, Numerals, Reader
+from numerals import Following, Lexer, Numerals, Reader
 
 NEAR = 2  # digits, or a sign and a digit, that the trunk sees in full
 FADE = math.log(2.0)  # what each digit beyond takes from the logits of attention
@@ -26,7 +28,7 @@ FADE = math.log(2.0)  # what each digit beyond takes from the logits of attentio
 class Layout(NamedTuple):
     positions: torch.Tensor  # (B, T) or (T,) int64, from 0 in every document
     mask: torch.Tensor | None  # (B, 1, T, P) to add to attention's logits, or bool; None is causal
-    offset: torch.Tensor | None = None  # (B, T) int64 in 0..NEAR, how far into a number; None without numbers
+    depth: torch.Tensor | None = None  # (B, T) int64 in 0..NEAR, how deep in a number; None without numbers
 
 
 def layout(idx: torch.Tensor, separator_id: int, numerals: Numerals | None) -> Layout:
@@ -41,19 +43,26 @@ def layout(idx: torch.Tensor, separator_id: int, numerals: Numerals | None) -> L
     start = position.where(begins, 0).cummax(1).values
     if numerals is None:
         return Layout(position - start, mask)
-    counted = (numerals.offset <= NEAR).cumsum(1)
-    mask = fade_of(numerals.offset)[:, None, None].masked_fill(~mask, -torch.inf)
-    return Layout(counted - counted.gather(1, start), mask, numerals.offset.clamp(max=NEAR))
+    depth = numerals.offset.where(numerals.digit, numerals.offset.clamp(max=NEAR))
+    counted = (depth <= NEAR).cumsum(1)
+    mask = fade_of(depth)[:, None, None].masked_fill(~mask, -torch.inf)
+    return Layout(counted - counted.gather(1, start), mask, depth.clamp(max=NEAR))
 
 
-def fade_of(offset: torch.Tensor) -> torch.Tensor:
-    """What attention adds to the logits of tokens so far into a number, float32."""
-    return (NEAR + 1 - offset).clamp(max=0) * FADE
+def fade_of(depth: torch.Tensor) -> torch.Tensor:
+    """What attention adds to the logits of tokens so deep in a number, float32."""
+    return (NEAR + 1 - depth).clamp(max=0) * FADE
 
 
 def fraction_bars(idx: torch.Tensor, offset: torch.Tensor, slash_id: int) -> torch.Tensor:
     """(B, T) bool: the bar of "3/4", directly behind a number."""
     return (idx == slash_id) & (F.pad(offset[:, :-1], (1, 0)) > 0)
+
+
+def following(lexer: Lexer, idx, targets, separator_id: int) -> Following:
+    """The numbers that open behind each of the tokens (B, T), whose `targets` are the tokens behind them."""
+    last = targets[:, -1:]
+    return lexer.following(torch.cat([idx, last.where(last >= 0, max(separator_id, 0))], dim=1))
 
 
 class Row:
@@ -81,13 +90,18 @@ class Row:
             self.reader.feed(token)
             if self.reader.completed:
                 self.seen.appendleft(self.column)
-        self.position += self.offset <= NEAR
+        self.position += self.depth <= NEAR
         goes_on = self.offer and self.offer[0][0] == token and (self.offset > 0 or self.at_bar)
         self.offer = self.offer[1:] if goes_on else []
 
     @property
     def offset(self) -> int:
         return 0 if self.reader is None else self.reader.offset
+
+    @property
+    def depth(self) -> int:
+        """How deep in a number the trunk takes the newest token to be."""
+        return self.offset if self.offset == 0 or self.reader.digit else min(self.offset, NEAR)
 
     @property
     def may_compute(self) -> bool:
@@ -103,11 +117,11 @@ def open_bias(rows: list[Row], prompts: list[list[int]], block_size: int, device
     """
     bias = torch.full((len(rows), block_size), -torch.inf, device=device)
     for of_row, row, tokens in zip(bias, rows, prompts):
-        offsets = []
+        depths = []
         for token in tokens:
             row.feed(token)
-            offsets.append(row.offset)
-        of_row[row.start : len(tokens)] = fade_of(torch.tensor(offsets[row.start :], device=device))
+            depths.append(row.depth)
+        of_row[row.start : len(tokens)] = fade_of(torch.tensor(depths[row.start :], device=device))
     return bias
 
 
@@ -116,7 +130,7 @@ def next_layout(rows: list[Row], bias: torch.Tensor) -> Layout:
     for r, row in enumerate(rows):
         if row.column == row.start:  # a document begins
             bias[r] = -torch.inf
-    facts = torch.tensor([[row.position, row.column, row.offset] for row in rows], device=bias.device)
-    positions, column, offset = facts.T[..., None]  # (B, 1) each
-    bias.scatter_(1, column, fade_of(offset))
-    return Layout(positions, bias[:, None, None], offset.clamp(max=NEAR))
+    facts = torch.tensor([[row.position, row.column, row.depth] for row in rows], device=bias.device)
+    positions, column, depth = facts.T[..., None]  # (B, 1) each
+    bias.scatter_(1, column, fade_of(depth))
+    return Layout(positions, bias[:, None, None], depth.clamp(max=NEAR))

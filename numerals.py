@@ -11,8 +11,10 @@ A number is [sign] digits [point digits], and a digit is a token of one ASCII di
   or a letter stands directly before them ("covid-19"). Some end a longer token (" -", "(-"): those are glued
 - a digit directly after a letter or "_" opens no number ("gpt2"), and no run of digits with two points is one
 - everything else separates: "1,234" is 1 and 234, "1e3" is 1, ".5" is 5
+- unless `thousands` are read: "1,234.5" is one number then, and commas that leave other than 1 to 3 digits
+  before them and 3 between make a run none ("1,23", "1234,567", "1,2,3"); behind a point they separate
 - nothing looks ahead: a number is visible once it is certain to be over, a token after its last digit, or two
-  where a point might have continued it ("30. ")
+  where a point or comma might have continued it ("30. ")
 - a separator resets everything: it is the last token of its document
 
 Lexer does this for a whole batch in a fixed number of tensor operations. Reader does it token by token, in
@@ -30,7 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 DIGITS = 18  # any integer of so many fits int64
-SPANS = (1, 2, 4, 8, 16)  # doubling them reaches 32 tokens: DIGITS and a point
+SPANS = (1, 2, 4, 8, 16)  # doubling them reaches 32 tokens: DIGITS, six commas and a point
 
 
 def _characters(text: str) -> tuple[bytes, ...]:
@@ -49,6 +51,7 @@ class Lexeme(NamedTuple):
     alone: bool = False  # and is the whole token
     bare: bool = False  # and has nothing but blanks before it: what it is depends on earlier tokens
     point: bool = False
+    comma: bool = False  # of thousands, where they are read
     slash: bool = False
     separator: bool = False
     blank: bool = False
@@ -58,7 +61,7 @@ class Lexeme(NamedTuple):
     operand: bool = False  # ends in an operand, blanks aside: "-" after it subtracts
 
     @classmethod
-    def of(cls, token: bytes) -> "Lexeme":
+    def of(cls, token: bytes, thousands: bool) -> "Lexeme":
         before = token[:-1]
         is_digit = len(token) == 1 and token.isdigit()
         is_sign = (
@@ -72,6 +75,7 @@ class Lexeme(NamedTuple):
             alone=is_sign and not before,
             bare=is_sign and not before.strip(),
             point=token == b".",
+            comma=thousands and token == b",",
             slash=token == b"/",
             blank=not token.strip(),
             word=token.endswith(WORD) and not is_digit,
@@ -88,6 +92,7 @@ class Numerals(NamedTuple):
 
     document: torch.Tensor  # (B, T) int64, its index in the row; a separator belongs to the one it ends
     offset: torch.Tensor  # (B, T) int64, tokens read of a number, or of what may become one; 0 outside
+    digit: torch.Tensor  # (B, T) bool, the token is a digit
     may_open: torch.Tensor  # (B, T) bool, a digit next would open a number; False at separators
     sign: torch.Tensor  # (B, T) int64, -1 or +1: the token ends in the glued sign of a number that may follow
     visible: torch.Tensor  # (B, T, K) bool, the K newest numbers of the document, the newest first
@@ -102,7 +107,10 @@ class Numerals(NamedTuple):
 
 
 class Following(NamedTuple):
-    """The number that opens with the next token and is over within the row. (B, T); 0 where there is none."""
+    """The number that opens with the next token and is over within the row. (B, T); 0 where there is none.
+
+    One with commas is none: results are written without, so that no plan could be credited with it.
+    """
 
     opens: torch.Tensor  # bool
     last: torch.Tensor  # int64, position of its last digit
@@ -135,9 +143,11 @@ class Scan(NamedTuple):
     separator: torch.Tensor  # bool
     slash: torch.Tensor  # bool
     offset: torch.Tensor
+    digit: torch.Tensor  # bool
     may_open: torch.Tensor
     sign: torch.Tensor
-    in_run: torch.Tensor  # bool: a digit, or a point directly after one
+    comma: torch.Tensor  # bool: in a run
+    in_run: torch.Tensor  # bool: a digit, or a point or comma of its number directly after one
     live: torch.Tensor  # bool: in a run that is a number if it ends here
     start: torch.Tensor  # position of the run's first digit, where live
     number: Number  # that the run spells if it ends here, where live
@@ -146,15 +156,18 @@ class Scan(NamedTuple):
 class Lexer(nn.Module):
     """Reads the numbers of token ids; `vocabulary` holds the bytes of every token. It has no weights.
 
-    With separator_id None or -1 a row is one document. `char_ids` has the ids of those of "0123456789-./"
-    that are tokens.
+    With separator_id None or -1 a row is one document. With `thousands`, "1,234" is one number, but so is the
+    "12,345" of "max(12,345)", and nothing is read of "[1,2,3]". `char_ids` has the ids of those of
+    "0123456789-./" that are tokens.
     """
 
-    def __init__(self, vocabulary: list[bytes], separator_id: int | None, num_inputs: int = 8):
+    def __init__(
+        self, vocabulary: list[bytes], separator_id: int | None, num_inputs: int = 8, thousands: bool = False
+    ):
         super().__init__()
-        self.num_inputs = num_inputs
+        self.num_inputs, self.thousands = num_inputs, thousands
         self.vocabulary = vocabulary
-        self.lexemes = [Lexeme.of(token) for token in vocabulary]
+        self.lexemes = [Lexeme.of(token, thousands) for token in vocabulary]
         if separator_id is not None and separator_id >= 0:
             self.lexemes[separator_id] = Lexeme(separator=True)
         ids = {token: id for id, token in enumerate(vocabulary)}
@@ -189,6 +202,7 @@ class Lexer(nn.Module):
         return Numerals(
             document=scan.document,
             offset=scan.offset,
+            digit=scan.digit,
             may_open=scan.may_open,
             sign=scan.sign,
             visible=visible,
@@ -211,6 +225,8 @@ class Lexer(nn.Module):
         def at(fact, index):
             return fact.gather(1, index.clamp(max=ids.size(1) - 1))
 
+        if self.thousands:
+            ends = ends & (_count(scan.start, _before(scan.comma))[0] == 0)
         end = next_end[:, 1:]
         number = Number(*(at(fact, end) for fact in scan.number))
         opens = scan.may_open[:, :-1] & at(ends, end) & (number.first == position[1:])
@@ -233,22 +249,28 @@ class Lexer(nn.Module):
 
     def scan(self, ids: torch.Tensor) -> Scan:
         digit, sign, *flags = self.table[:, ids].unbind()
-        alone, bare, point, slash, separator, blank, word, operand = (flag.bool() for flag in flags)
+        alone, bare, point, comma, slash, separator, blank, word, operand = (flag.bool() for flag in flags)
         position = torch.arange(ids.size(1), device=ids.device)
         document = separator.cumsum(1) - separator.long()
 
-        # the lowest bit of the newest token that is not blank tells whether it ends an operand
-        after_operand = _before((2 * position + operand).masked_fill(blank, 0).cummax(1).values) & 1
+        _, after_operand = _newest(position, blank, operand)
         after_word = _before(word)
-        sign = sign.masked_fill((bare & after_operand.bool()) | (alone & after_word), 0)
+        sign = sign.masked_fill((bare & after_operand) | (alone & after_word), 0)
         alone = alone & (sign != 0)
 
         is_digit = digit >= 0
-        in_run = is_digit | (point & _before(is_digit))
+        point = point & _before(is_digit)
+        in_run = is_digit | point
+        if self.thousands:
+            comma, wrong, short = self._groups(position, is_digit, point, comma)
+            in_run = in_run | comma
         start = (position * (is_digit & ~_before(in_run))).cummax(1).values
         points, digits, nonzero = _count(start, point, is_digit, digit > 0)
         places, significant = _count(start, is_digit & (points > 0), is_digit & (nonzero > 0))
-        live = in_run & ~after_word.gather(1, start) & (points - point.long() <= 1)
+        live = hopeful = in_run & ~after_word.gather(1, start) & (points - point.long() <= 1)
+        if self.thousands:
+            hopeful = live & ((position * wrong).cummax(1).values <= start)
+            live = hopeful & ~short
         first = start - _before(alone).gather(1, start).long()
         negative = _before(sign < 0).gather(1, start)
 
@@ -259,19 +281,31 @@ class Lexer(nn.Module):
         value = self._scaled(head, (significant - DIGITS).clamp(min=0) - places)
 
         fits = digits <= DIGITS
-        last = position - point.long()
+        last = position - (~is_digit).long()
         number = Number(first, last, negative, value, head.masked_fill(~fits, 0), places, fits)
 
-        offset = (position - first + 1).where(live, alone.long())
+        offset = (position - first + 1).where(hopeful, alone.long())
         may_open = (offset == 0) & ~in_run & ~word & ~separator
         sign = sign.long().masked_fill(alone, 0)
-        return Scan(document, separator, slash, offset, may_open, sign, in_run, live, start, number)
+        facts = (document, separator, slash, offset, is_digit, may_open, sign, comma, in_run, live, start)
+        return Scan(*facts, number)
+
+    @staticmethod
+    def _groups(position, is_digit, point, comma) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which commas belong to a run; where they make it none from there on; where a group lacks digits."""
+        _, decimals = _newest(position, is_digit, point)
+        comma = comma & _before(is_digit) & ~decimals
+        mark, later = _newest(position, is_digit, comma)  # before the group; a comma if it is not the first
+        nth = position - mark  # 1 at the first digit of the group
+        wrong = later & (is_digit != (nth <= 3))
+        long = comma & ~later & (nth > 4)  # behind more than three digits: no other may follow
+        return comma, wrong | _before(long), later & (nth < 3)
 
     @staticmethod
     def _mantissa(digit: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-        """The integer that a run spells, points left out; `back` counts the run's tokens before each.
+        """The integer that a run's digits spell; `back` counts the run's tokens before each.
 
-        A digit is the map x -> 10 x + digit, a point the identity. Maps of adjacent spans are composed, and
+        A digit is the map x -> 10 x + digit, all else the identity. Maps of adjacent spans are composed, and
         the spans double. Nonsense where there are more than 18 digits from the first that is not 0.
         """
         offset = digit.long().clamp(min=0)
@@ -294,7 +328,7 @@ class Lexer(nn.Module):
         `ids` are those of its row from the start: where the sign is glued, it lies before `first`.
         """
         text = b"".join(self.vocabulary[id] for id in ids[first : last + 1])
-        whole, _, decimals = text.partition(b".")
+        whole, _, decimals = text.replace(b",", b"").partition(b".")
         mantissa = int(whole + decimals)
         if first > 0 and self.lexemes[ids[first]].digit >= 0:
             earlier = (self.lexemes[id] for id in reversed(ids[: first - 1]))
@@ -308,43 +342,52 @@ class Lexer(nn.Module):
 class Reader:
     """What Lexer says at the newest token of one row: `feed` it token by token and look at its fields.
 
-    `offset`, `may_open` and `sign` are as in Numerals. `numbers` are those visible, the newest first, each as
+    `offset`, `digit`, `may_open` and `sign` are as in Numerals. `numbers` are those visible, the newest first, each as
     (mantissa, places), exact at any length; `completed` tells whether the newest has become visible just now.
     """
 
     def __init__(self, lexer: Lexer):
         self.lexemes = lexer.lexemes
         self.numbers: deque[tuple[int, int]] = deque(maxlen=lexer.num_inputs)
-        self.offset, self.may_open, self.sign, self.completed = 0, True, 0, False
+        self.offset, self.digit, self.may_open, self.sign, self.completed = 0, False, True, 0, False
         self._previous, self._after_operand, self._unary = Lexeme(), False, 0
-        self._in_run = self._live = False
+        self._in_run = self._live = self._hopeful = False
 
     def feed(self, token: int) -> None:
         lexeme = self.lexemes[token]
         if self._previous.separator:
             self.numbers.clear()
-        in_run = lexeme.digit >= 0 or (lexeme.point and self._previous.digit >= 0)
+        in_run = lexeme.digit >= 0 or (
+            self._previous.digit >= 0 and (lexeme.point or (lexeme.comma and not self._points))
+        )
         self.completed = self._live and not in_run
         if in_run:
             self._continue_run(lexeme)
         else:
             self._leave_run(lexeme)
         self.may_open = not (self.offset or self._in_run or lexeme.word or lexeme.separator)
+        self.digit = lexeme.digit >= 0
         if not lexeme.blank:
             self._after_operand = lexeme.operand
         self._previous = lexeme
 
     def _continue_run(self, lexeme: Lexeme) -> None:
         if not self._in_run:
-            self._in_run, self._live, self._negative = True, not self._previous.word, self._unary < 0
+            self._in_run, self._hopeful, self._negative = True, not self._previous.word, self._unary < 0
             self._mantissa = self._points = self._places = 0
-        if lexeme.point:
-            self._points += 1
-        else:
-            self._live = self._live and self._points <= 1
+            self._group, self._grouped = 0, False  # digits since the newest comma, if there is one
+        if lexeme.digit >= 0:
+            self._group += not self._points
+            self._hopeful &= self._points <= 1 and not (self._grouped and self._group > 3)
             self._mantissa = 10 * self._mantissa + lexeme.digit
             self._places += self._points
-        self.offset = self.offset + 1 if self._live else 0
+        else:
+            self._hopeful &= not self._grouped or self._group == 3
+            self._points += lexeme.point
+        if lexeme.comma:  # to no more than three digits; behind more there is room for none
+            self._group, self._grouped = (3 if self._group > 3 else 0), True
+        self._live = self._hopeful and (lexeme.comma or not self._grouped or self._group == 3)
+        self.offset = self.offset + 1 if self._hopeful else 0
         self.sign = 0
 
     def _leave_run(self, lexeme: Lexeme) -> None:
@@ -359,6 +402,13 @@ class Reader:
 def _before(x: torch.Tensor) -> torch.Tensor:
     """Of the token before each, 0 before the first."""
     return F.pad(x[:, :-1], (1, 0))
+
+
+def _newest(position, skip: torch.Tensor, flag: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the newest token before each that is not to be skipped: its position, or -1, and its flag."""
+    newest = (2 * position + flag).masked_fill(skip, -2).cummax(1).values
+    newest = F.pad(newest[:, :-1], (1, 0), value=-2)
+    return newest >> 1, (newest & 1).bool()
 
 
 def _count(start: torch.Tensor, *flags: torch.Tensor) -> torch.Tensor:

@@ -25,11 +25,19 @@ def layout_of(text: str):
 def test_long_numbers_take_no_more_room_than_short_ones():
     long = layout_of("12345+7=\n-678 9")
     assert long.positions[0].tolist() == [0, 1, 1, 1, 1, 2, 3, 4, 5, 0, 1, 1, 1, 2, 3]
-    assert long.offset[0].tolist() == [1, 2, 2, 2, 2, 0, 1, 0, 0, 1, 2, 2, 2, 0, 1]
+    assert long.depth[0].tolist() == [1, 2, 2, 2, 2, 0, 1, 0, 0, 1, 2, 2, 2, 0, 1]
     halvings = (
         long.mask[0, 0].diagonal() / math.log(0.5)
     ).tolist()  # of the weight that attention gives a token
     assert halvings == pytest.approx([0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0])
+
+
+def test_a_full_stop_stands_out_however_long_the_number_before_it():
+    decimal = layout_of("=12345.678. ")
+    assert decimal.positions[0].tolist() == [0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 5]
+    assert decimal.depth[0].tolist() == [0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 0]
+    faded = decimal.mask[0, 0].diagonal() < 0
+    assert faded.tolist() == [char.isdigit() and n > 3 for n, char in enumerate("=12345.678. ")]
 
 
 def test_positions_behind_a_number_do_not_depend_on_its_length():
@@ -69,7 +77,7 @@ def test_rows_read_token_by_token_have_the_layout_of_the_whole(vocabulary, separ
         assert torch.equal(newest.positions[:, 0], positions[b, at])
         assert torch.equal(newest.mask[:, 0, 0], mask[b, at])
         if with_numbers:
-            assert torch.equal(newest.offset[:, 0], whole.offset[b, at])
+            assert torch.equal(newest.depth[:, 0], whole.depth[b, at])
 
 
 def test_a_row_knows_what_the_lexer_knows(vocabulary):

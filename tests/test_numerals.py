@@ -27,18 +27,31 @@ PIECES = [
     *".-+" * 5,
     *" ()]/,=a_" * 2,
     *["1.5", ".2", "0.3."] * 3,
+    *["1,234", ",567", "12,34", "1,234.5", "8,"] * 2,
     *WORDS,
     None,
 ]  # None: the separator
 TOKENIZERS = [build("char", [SAMPLE, *filter(None, PIECES)]), ByteTokenizer(), build("bpe", SAMPLE, 320)]
-all_tokenizers = pytest.mark.parametrize("tok", TOKENIZERS, ids=lambda tok: tok.kind)
+RUN = {False: r"[0-9]+(\.[0-9]+)*", True: r"[0-9]+(,[0-9]+)*(\.[0-9]+)*"}  # with thousands
+NUMBER = {False: r"[0-9]+(\.[0-9]+)?", True: r"([0-9]+|[0-9]{1,3}(,[0-9]{3})+)(\.[0-9]+)?"}
 
 
-def lexer_of(tok, num_inputs: int = K) -> Lexer:
-    return Lexer([tok.token_bytes(id) for id in range(tok.vocab_size)], tok.separator_id, num_inputs)
+def lexer_of(tok, num_inputs: int = K, thousands: bool = False) -> Lexer:
+    vocabulary = [tok.token_bytes(id) for id in range(tok.vocab_size)]
+    return Lexer(vocabulary, tok.separator_id, num_inputs, thousands)
 
 
-LEXERS = {tok.kind: lexer_of(tok) for tok in TOKENIZERS}
+LEXERS = {
+    (tok.kind, thousands): lexer_of(tok, thousands=thousands)
+    for tok in TOKENIZERS
+    for thousands in (False, True)
+}
+with_or_without_thousands = pytest.mark.parametrize("thousands", [False, True], ids=["plain", "thousands"])
+
+
+def all_lexers(test):
+    tokenizers = pytest.mark.parametrize("tok", TOKENIZERS, ids=lambda tok: tok.kind)
+    return tokenizers(with_or_without_thousands(test))
 
 
 def encode(tok, pieces) -> list[int]:
@@ -50,9 +63,9 @@ def random_rows(tok, rows: int, length: int) -> torch.Tensor:
     return torch.tensor([encode(tok, random.choices(PIECES, k=length))[:length] for _ in range(rows)])
 
 
-def read(text: str, num_inputs: int = 8) -> Numerals:
+def read(text: str, num_inputs: int = 8, thousands: bool = False) -> Numerals:
     """Of a text, a byte a token, as one row."""
-    return lexer_of(ByteTokenizer(), num_inputs)(torch.tensor([list(text.encode())]))
+    return lexer_of(ByteTokenizer(), num_inputs, thousands)(torch.tensor([list(text.encode())]))
 
 
 class Span(NamedTuple):
@@ -67,32 +80,32 @@ class Span(NamedTuple):
     places: int
 
 
-def spans(tok, ids: list[int]) -> list[Span]:
+def spans(tok, ids: list[int], thousands: bool) -> list[Span]:
     """All numbers of a row that are over, by the grammar as it is told, on the text."""
     found, begin = [], 0
     ends = [t for t, id in enumerate(ids) if id == tok.separator_id]
     for document, end in enumerate([*ends, len(ids)]):
         tokens = [tok.token_bytes(id).decode("latin-1") for id in ids[begin:end]]
-        for match in re.finditer(r"(?a:\d+(\.\d+)*)", "".join(tokens)):
-            span = span_of(match, tokens, begin, document)
+        for match in re.finditer(RUN[thousands], "".join(tokens)):
+            span = span_of(match, tokens, begin, document, thousands)
             if span is not None and span.seen < len(ids):
                 found.append(span)
         begin = end + 1
     return found
 
 
-def span_of(match: re.Match, tokens: list[str], begin: int, document: int) -> Span | None:
+def span_of(match: re.Match, tokens: list[str], begin: int, document: int, thousands: bool) -> Span | None:
     before, digits = match.string[: match.start()], match.group()
-    if re.search("[A-Za-z_]$", before) or digits.count(".") > 1:
+    if re.search("[A-Za-z_]$", before) or not re.fullmatch(NUMBER[thousands], digits):
         return None
     sign = ""
     if before.endswith(("+", "-")) and not re.search(r"([A-Za-z_]|[0-9)\]][ \t]*)$", before[:-1]):
         sign = before[-1]
     offsets = list(itertools.accumulate(map(len, tokens), initial=0))
     first, last = (bisect.bisect_right(offsets, at) - 1 for at in (match.start(), match.end() - 1))
-    pending = tokens[last + 1 : last + 2] == ["."]
+    pending = tokens[last + 1 : last + 2] in ([["."], [","]] if thousands and "." not in digits else [["."]])
     first -= sign != "" and tokens[first - 1] == sign
-    whole, _, decimals = digits.partition(".")
+    whole, _, decimals = digits.replace(",", "").partition(".")
     mantissa, sign = int(f"{sign}{whole}{decimals}"), int(f"{sign}1") * (sign != "")
     seen = begin + last + 1 + pending
     return Span(document, begin + first, begin + last, seen, sign, mantissa, len(decimals))
@@ -110,14 +123,19 @@ def numbers_at(numerals: Numerals, row: int, t: int) -> list[Span]:
     return [Span(document, *facts) for facts, shown in zip(columns, visible, strict=True) if shown]
 
 
-@all_tokenizers
-def test_numbers_are_those_of_the_text(tok):
+def has_comma(tok, ids: list[int], span: Span) -> bool:
+    return any(tok.token_bytes(id) == b"," for id in ids[span.first : span.last])
+
+
+@all_lexers
+def test_numbers_are_those_of_the_text(tok, thousands):
     rows = random_rows(tok, rows=100, length=32)
-    numerals = LEXERS[tok.kind](rows)
-    met = 0
+    numerals = LEXERS[tok.kind, thousands](rows)
+    met = grouped = 0
     for row, ids in enumerate(rows.tolist()):
-        found = spans(tok, ids)
+        found = spans(tok, ids, thousands)
         met += len(found)
+        grouped += sum(has_comma(tok, ids, span) for span in found)
         document = 0
         for t, id in enumerate(ids):
             assert numerals.document[row, t] == document
@@ -125,14 +143,14 @@ def test_numbers_are_those_of_the_text(tok):
             expected = [span._replace(sign=min(span.sign, 0)) for span in now[::-1][:K]]
             assert numbers_at(numerals, row, t) == expected, (tok.decode(ids), t)
             document += id == tok.separator_id
-    assert met > 300  # enough of them to mean something
+    assert met > 300 and (grouped > 30) == thousands  # enough of them to mean something
 
 
-@all_tokenizers
-def test_positions_keep_what_they_promise(tok):
-    """A digit is appended, or a blank, and the text read again: which number has the token become part of?"""
+@all_lexers
+def test_positions_keep_what_they_promise(tok, thousands):
+    """Up to three digits and a blank are appended, and the text read again: which number has grown?"""
     rows = random_rows(tok, rows=60, length=24)
-    numerals = LEXERS[tok.kind](rows)
+    numerals = LEXERS[tok.kind, thousands](rows)
     digit, blank = tok.encode("7")[0], tok.encode(" ")[0]
     for row, ids in enumerate(rows.tolist()):
         for t, id in enumerate(ids):
@@ -140,60 +158,64 @@ def test_positions_keep_what_they_promise(tok):
                 assert not (numerals.may_open[row, t] or numerals.offset[row, t] or numerals.sign[row, t])
                 continue
             text = (tok.decode(ids), t)
-            grown = [span for span in spans(tok, [*ids[: t + 1], digit, blank]) if span.last == t + 1]
-            over = [span for span in spans(tok, [*ids[: t + 1], blank]) if span.seen == t + 1]
-            within = [span.first for span in grown + over if span.first <= t]
+            endings = [[*[digit] * n, blank] for n in range(4)]
+            over = [spans(tok, ids[: t + 1] + ending, thousands) for ending in endings]
+            newest = [found[-1] for n, found in enumerate(over) if found and found[-1].seen == t + 1 + n]
+            within = [span.first for span in newest if span.first <= t]
             assert numerals.offset[row, t] == (t + 1 - within[0] if within else 0), text
-            opens = [span for span in grown if span.first == t + 1]
+            opens = [span for span in over[1] if span.first == t + 1]
             assert numerals.may_open[row, t] == bool(opens), text
             assert numerals.sign[row, t] == (opens[0].sign if opens else 0), text
 
 
-@all_tokenizers
+@all_lexers
 @given(pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=24))
 @settings(max_examples=150)
-def test_reader_agrees_with_lexer(tok, pieces):
-    lexer, ids = LEXERS[tok.kind], encode(tok, pieces)
+def test_reader_agrees_with_lexer(tok, thousands, pieces):
+    lexer, ids = LEXERS[tok.kind, thousands], encode(tok, pieces)
     numerals, reader = lexer(torch.tensor([ids])), Reader(lexer)
     for t, id in enumerate(ids):
         reader.feed(id)
         assert reader.offset == numerals.offset[0, t]
         assert reader.may_open == numerals.may_open[0, t]
+        assert reader.digit == numerals.digit[0, t]
         assert reader.sign == numerals.sign[0, t]
         known = [(span.mantissa, span.places) for span in numbers_at(numerals, 0, t)]
         assert list(reader.numbers) == known
         assert reader.completed == (numerals.seen[0, t, 0].item() == t > 0)
 
 
-@all_tokenizers
-def test_later_tokens_change_nothing_earlier(tok):
+@all_lexers
+def test_later_tokens_change_nothing_earlier(tok, thousands):
     rows = random_rows(tok, rows=64, length=24)
-    lexer = LEXERS[tok.kind]
+    lexer = LEXERS[tok.kind, thousands]
     whole = lexer(rows)
     for length in range(1, 24):
         for full, part in zip(whole, lexer(rows[:, :length]), strict=True):
             assert torch.equal(full[:, :length], part)
 
 
-@all_tokenizers
-def test_following_is_the_number_that_the_text_goes_on_with(tok):
-    rows = torch.cat([random_rows(tok, 100, 32), fractions_of(tok, 100, 32)])
-    lexer = LEXERS[tok.kind]
+@all_lexers
+def test_following_is_the_number_that_the_text_goes_on_with(tok, thousands):
+    rows = torch.cat([random_rows(tok, 100, 32), fractions_of(tok, 150, 32)])
+    lexer = LEXERS[tok.kind, thousands]
     following, may_open = lexer.following(rows), lexer(rows).may_open
-    met = {"opens": 0, "slash": 0}
+    met, commas = {"opens": 0, "slash": 0}, 0
     for row, ids in enumerate(rows.tolist()):
-        first = {span.first: span for span in spans(tok, ids)}
+        found = spans(tok, ids, thousands)
+        first = {span.first: span for span in found if not has_comma(tok, ids, span)}
+        commas += len(found) - len(first)
         for t in range(len(ids) - 1):
             is_here = t + 1 in first and may_open[row, t].item()
             expected = expect_following(tok, ids, first, first[t + 1]) if is_here else [0] * len(following)
             assert [fact[row, t].item() for fact in following] == expected, (tok.decode(ids), t)
             met["opens"] += expected[0]
             met["slash"] += following.slash[row, t].item()
-    assert met["opens"] > 500 and met["slash"] > 30, met
+    assert met["opens"] > 500 and met["slash"] > 30 and (commas > 30) == thousands, (met, commas)
 
 
 def fractions_of(tok, rows: int, length: int) -> torch.Tensor:
-    pieces = [*"/" * 12, *"123468" * 3, *"-. (+" * 2, *[".5", " /"] * 2, None]
+    pieces = [*"/" * 12, *"123468" * 3, *"-. (+" * 2, *[".5", " /"] * 2, ",567", None]
     return torch.tensor([encode(tok, random.choices(pieces, k=length))[:length] for _ in range(rows)])
 
 
@@ -238,8 +260,43 @@ def test_a_fraction_of_long_numbers_is_none(text):
     ],
 )
 def test_examples(text, numbers):
-    numerals = read(text)
-    assert numerals.value[0, -1][numerals.visible[0, -1]].tolist() == numbers[::-1]
+    assert values_at_the_end(read(text)) == numbers
+
+
+def values_at_the_end(numerals: Numerals) -> list[float]:
+    return numerals.value[0, -1][numerals.visible[0, -1]].tolist()[::-1]
+
+
+@pytest.mark.parametrize(
+    "text, numbers, offset",
+    [
+        ("1,234; -1,234.5 1,234,567, ", [1234, -1234.5, 1234567], 0),
+        ("30, 1234, 5 ", [30, 1234, 5], 0),
+        ("1,23 1234,567 0001,234 1,2,3 1,23,456 1,2345 1,23.4 gpt1,234 ", [], 0),
+        ("1.5,2 1.5,234 .5,234 ", [1.5, 2, 1.5, 234, 5234], 0),
+        ("1,,2 1,.5 1.,5 1,-5 ", [1, 2, 1, 5, 1, 5, 1, -5], 0),
+        ("max(12,345) max(12, 345) ", [12345, 12, 345], 0),
+        ("7 1,234", [7], 5),  # it may go on
+        ("7 1,234,", [7], 6),
+        ("7; -1,2", [7], 4),  # no number, but 1,234 may come of it
+        ("7 12,34,", [7], 0),
+        ("7 1234,", [7], 5),
+        ("7 1234,5", [7], 0),
+    ],
+)
+def test_examples_with_thousands(text, numbers, offset):
+    numerals = read(text, num_inputs=12, thousands=True)
+    assert values_at_the_end(numerals) == numbers
+    assert numerals.offset[0, -1] == offset
+
+
+@with_or_without_thousands
+def test_what_is_written_with_commas_opens_nothing_for_the_loss(thousands):
+    lexer = lexer_of(ByteTokenizer(), thousands=thousands)
+    following = lexer.following(torch.tensor([list(b"=1,234 =30, =3/4, =3/1,234 ")]))
+    opens = following.opens[0].nonzero().flatten().tolist()
+    assert opens == ([7, 12, 14, 18] if thousands else [0, 2, 7, 12, 14, 18, 20, 22])
+    assert following.slash[0].nonzero().flatten().tolist() == [12]
 
 
 def test_the_example_of_the_docstring():
@@ -249,8 +306,10 @@ def test_the_example_of_the_docstring():
     assert numerals.places[0, -1].tolist() == [1, 0, 0]
 
 
-def long_numbers(rows: int) -> list[str]:
-    """Signed, with up to 300 digits, zeros and nines in front and a point anywhere; many near 18 digits."""
+def long_numbers(rows: int, thousands: bool) -> list[str]:
+    """Signed, with up to 300 digits, zeros and nines in front and a point anywhere; many near 18 digits, and
+    half of them with commas.
+    """
     texts = []
     for _ in range(rows):
         length = random.choice([random.randint(1, 24), random.randint(14, 20), random.randint(1, 300)])
@@ -258,23 +317,27 @@ def long_numbers(rows: int) -> list[str]:
         digits = "0" * zeros + "".join(random.choices(random.choice(["0123456789", "9"]), k=length - zeros))
         at = random.choice([length, random.randint(1, length)])
         point = "." * (at < length)
-        texts.append(random.choice(["", "-", "+"]) + digits[:at] + point + digits[at:])
+        whole = digits[:at]
+        if thousands and random.random() < 0.5:
+            whole = re.sub(r"(?<=\d)(?=(\d{3})+$)", ",", whole)
+        texts.append(random.choice(["", "-", "+"]) + whole + point + digits[at:])
     return texts
 
 
 @pytest.mark.parametrize("rows", [400, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_values_are_as_exact_as_they_can_be(rows):
-    texts = long_numbers(rows)
+@with_or_without_thousands
+def test_values_are_as_exact_as_they_can_be(rows, thousands):
+    texts = long_numbers(rows, thousands)
     ids = [list(text.encode()) for text in texts]
-    lexer = lexer_of(ByteTokenizer(), num_inputs=1)
-    numerals = lexer(torch.tensor([row + [ord(" ")] * (304 - len(row)) for row in ids]))
+    lexer = lexer_of(ByteTokenizer(), 1, thousands)
+    numerals = lexer(torch.tensor([row + [ord(" ")] * (404 - len(row)) for row in ids]))
     assert numerals.visible[:, -1].all()
     for row, text in enumerate(texts):
         value, mantissa, places, fits = (
             fact[row, -1, 0].item()
             for fact in (numerals.value, numerals.mantissa, numerals.places, numerals.fits)
         )
-        exact, size = Fraction(text), sum(map(str.isdigit, text))
+        exact, size = Fraction(text.replace(",", "")), sum(map(str.isdigit, text))
         assert fits == (size <= 18)
         assert places == len(text.partition(".")[2])
         assert mantissa == (exact * 10**places if fits else 0)
@@ -285,12 +348,12 @@ def test_values_are_as_exact_as_they_can_be(rows):
         assert lexer.read_number(ids[row], first, last) == (exact * 10**places, places)
 
 
-@all_tokenizers
-def test_read_number_finds_the_sign_wherever_it_stands(tok):
-    lexer = LEXERS[tok.kind]
+@all_lexers
+def test_read_number_finds_the_sign_wherever_it_stands(tok, thousands):
+    lexer = LEXERS[tok.kind, thousands]
     signs = 0
     for ids in random_rows(tok, rows=200, length=32).tolist():
-        for span in spans(tok, ids):
+        for span in spans(tok, ids, thousands):
             assert lexer.read_number(ids, span.first, span.last) == (span.mantissa, span.places)
             signs += span.sign < 0
     assert signs > 50
@@ -319,7 +382,7 @@ def test_bpe_has_the_tokens_that_these_tests_are_about():
     tok = TOKENIZERS[-1]
     assert {" -", " +", "(-", "=-", "--", ".-", "..", "covid"} <= set(tok.tokens)
     ids = encode(tok, ["(-", "5", " +", " -", "5", "is", " -", "5", "--"])
-    assert LEXERS["bpe"](torch.tensor([ids])).sign[0].tolist() == [-1, 0, 0, -1, 0, 0, -1, 0, -1]
+    assert LEXERS["bpe", False](torch.tensor([ids])).sign[0].tolist() == [-1, 0, 0, -1, 0, 0, -1, 0, -1]
 
 
 def test_the_characters_of_numbers_that_are_tokens():
@@ -355,9 +418,10 @@ def test_a_change_of_precision_leaves_values_alone():
     assert lexer.state_dict() == {}
 
 
-def test_compiles_into_one_graph():
+@with_or_without_thousands
+def test_compiles_into_one_graph(thousands):
     tok = TOKENIZERS[1]
-    lexer, rows = LEXERS[tok.kind], random_rows(tok, rows=4, length=16)
+    lexer, rows = LEXERS[tok.kind, thousands], random_rows(tok, rows=4, length=16)
     for function in (lexer, lexer.following):
         compiled = torch.compile(function, backend="eager", fullgraph=True)
         assert all(map(torch.equal, compiled(rows), function(rows)))

@@ -14,18 +14,17 @@ class is the plain GPT, and the baseline.
 - operations, operands and format are chosen by the hidden state, step by step, each seeing the choices before
   (planner.py)
 - learned from plain text: a plan whose written result is the number that follows in the text explains it, and the
-  planner's loss is minus the log-probability of all such plans found (plan_search.py). No labels, and no gradient
+  planner's loss is minus the log-probability of all such plans found (explanations.py). No labels, and no gradient
   through values
 - causal at every position; deterministic in eval
 
 Other systems under the same trunk, chosen by dag_inputs: dense_dag.py.
 
 Legend: B batch, T tokens, C width, K inputs, D steps, S = K + D slots, O operations, F formats, N plans made,
-H hits, P positions in a cache.
+P positions in a cache.
 """
 
 import math
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -40,15 +39,15 @@ import exact
 from attention import Cache
 from dense_dag import DenseDAG, DenseState, operation_names
 from documents import NEAR, Row
+from explanations import PlanLoss, target_at
 from layers import Block
-from numerals import Following, Lexer, Numerals
-from plan_search import MAX_HITS, PlanBank, Plans, Target, logsumexp_by_group, run
-from planner import DAGPlanPredictor, LearnedNumbers, MixedPlanPredictor, as_choices, result_of
+from numerals import Lexer, Numerals
+from plan_search import Plans
+from planner import DAGPlanPredictor, LearnedNumbers, MixedPlanPredictor, Sight, as_choices, result_of
 from readout import NOTHING, Offers, digit_weights, spell, spread
 
 SHUT = 0.05  # where the gate would be less open than this, nothing is planned once training is over
 RARELY = 0.05  # half the odds of a search for plans where the gate is shut and the model's own plan fails
-DRAWS, EXPLORE = 64, 0.1  # plans drawn for a number that is not explained, and the odds of a choice at random
 
 
 @dataclass(frozen=True)
@@ -80,18 +79,6 @@ class GPTConfig:
 # The DAG
 
 
-class Sight(NamedTuple):
-    """What the plans at N positions are made from."""
-
-    hidden: torch.Tensor  # (N, C), where the plan is made
-    readers: torch.Tensor  # (N, up to K, C), where the numbers at hand were completed, the newest first
-    inputs: torch.Tensor  # (N, K) bool: which of K numbers there are
-    values: torch.Tensor  # (N, K) float64, NaN where there is none
-
-    def __getitem__(self, rows) -> "Sight":
-        return Sight(*(part.index_select(0, rows) for part in tuple(self)))
-
-
 class DAGState(NamedTuple):
     """What the DAG did, for tests, logs and pictures. N plans, in the order of rows and positions."""
 
@@ -113,14 +100,6 @@ class DAGState(NamedTuple):
 def to_list(tensor: torch.Tensor) -> list:
     """tensor.tolist(), ten times as fast. The host waits for the device."""
     return tensor.cpu().numpy().tolist()
-
-
-def target_at(following: Following, at) -> Target:
-    """The numbers that open after the positions `at`."""
-    slash, places = following.slash[at], following.places[at]
-    ends_in_zero = (places > 0) & (following.mantissa[at] % 10 == 0)
-    value = following.fraction_value[at].where(slash, following.value[at])
-    return Target(value, places.masked_fill(slash, -1), ends_in_zero)
 
 
 class Made(NamedTuple):
@@ -153,10 +132,7 @@ class DifferentiableDAG(nn.Module):
         self.mixes = config.dag_plan in dense_dag.PLANS
         self.planner = (MixedPlanPredictor if self.mixes else DAGPlanPredictor)(config, self.names)
         self.learned_numbers = LearnedNumbers(config) if config.dag_values == "learned" else None
-        self.hits = Counter()  # what the plan loss found, until somebody clears it
-        self.bank = None
-        if config.dag_plan == "searched":
-            self.bank = PlanBank(self.names, min(config.dag_leaves, config.dag_num_inputs), config.dag_depth)
+        self.plan_loss = PlanLoss(config, self.names)
         self.wanted = nn.Linear(config.n_embd, 1)  # does a computed number belong here?
         self.trusted = nn.Linear(3, 1)  # how likely is the plan, and how far has its number come?
         self.over_vector = nn.Parameter(torch.empty(config.n_embd))
@@ -193,7 +169,7 @@ class DifferentiableDAG(nn.Module):
             n = following.opens[at].nonzero().squeeze(1)  # those of the N plans that stand before a number
             at = row[n], position[n]
             odds = 2 * open_[at].clamp(min=RARELY)
-            plan_loss = self.loss(made.plans[n], sight[n], target_at(following, at), odds)
+            plan_loss = self.plan_loss(self.planner, made.plans[n], sight[n], target_at(following, at), odds)
         at = (offers.symbol != NOTHING).nonzero(as_tuple=True)  # M positions; the host waits for the device
         plan, symbol, k = offers.plan[at], offers.symbol[at], offers.written[at]
         gate = self.gate(wanted[row, position][plan], made.log_probability.detach()[plan], symbol, k)  # (M,)
@@ -352,48 +328,6 @@ class DifferentiableDAG(nn.Module):
         result = made.result.nan_to_num()
         moved = ((result - result.detach())[plan] * weight).to(slope.dtype)
         return moved[:, None] * slope[(symbol[:, None] == ids).long().argmax(-1)]
-
-    def loss(self, plans, sight: Sight, target: Target, odds) -> torch.Tensor:
-        """Minus the mean log-probability of what explains the numbers that follow in the text: the model's own
-        plan where it does, else every plan of the bank that does. () in nats; numbers without any do not count.
-        `odds` (N,) of a search where the own plan fails.
-        """
-        plans, values = self.planner.canonical(plans), sight.values.detach()
-        result = run(plans, values, self.names)
-        explained = target.matches(result)
-        own = explained.nonzero().squeeze(1)
-        missed = (~explained & (torch.rand_like(odds) < odds)).nonzero().squeeze(1)
-        missed = missed[torch.randperm(len(missed), device=missed.device)]
-        if self.bank is not None:
-            found, found_plans, found_results = self.bank.search(values[missed], target[missed])
-        else:
-            found, found_plans, found_results = self.draw(sight[missed], target[missed])
-        n = torch.cat([own, missed[found]])  # (H,): the number that a hit explains
-        hits = Plans(*(torch.cat(pair) for pair in zip(plans[own], found_plans)))
-        right = target[n].formats(torch.cat([result[own], found_results]))  # (H, F)
-        written = right.any(-1)
-        n, hits, right = n[written], hits[written], right[written]
-        numbers, group = n.unique(return_inverse=True)
-        counted = dict(own=len(own), searched=len(missed), explained=len(numbers), plans=len(n))
-        self.hits.update(numbers=len(odds), **counted)
-        if len(n) == 0:  # every parameter takes part in every step, or distributed training would wait
-            return 0.0 * sum(parameter.sum() for parameter in self.planner.parameters())
-        sight = sight[numbers]
-        context, keys = self.planner.read(sight.hidden, sight.readers)
-        log_p, formats = self.planner.log_probability(context[group], keys[group], sight.inputs[group], hits)
-        log_p = log_p + formats.masked_fill(~right, -torch.inf).logsumexp(-1)
-        return -logsumexp_by_group(log_p, group, len(numbers)).mean()
-
-    @torch.no_grad()
-    def draw(self, sight: Sight, target: Target) -> tuple[torch.Tensor, Plans, torch.Tensor]:
-        """What PlanBank.search does, among plans that the planner draws."""
-        values, known = sight.values, (*self.planner.read(sight.hidden, sight.readers), sight.inputs)
-        number = torch.arange(len(values), device=values.device).repeat_interleave(DRAWS)
-        plans = self.planner.canonical(self.planner(*(part[number] for part in known), explore=EXPLORE)[0])
-        right = target[number].matches(run(plans, values[number], self.names)).nonzero().squeeze(1)[:MAX_HITS]
-        hits = torch.cat([number[:, None], *tuple(plans)], dim=1)[right].unique(dim=0)
-        number, plans = hits[:, 0], Plans(*hits[:, 1:].chunk(3, dim=1))
-        return number, plans, run(plans, values[number], self.names)
 
 
 DAGS = {"numbers": DifferentiableDAG, "token": DenseDAG, "sequence": DenseDAG}

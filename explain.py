@@ -8,20 +8,23 @@
 
 Everything is plain Python, fit for dataclasses.asdict and JSON. A thought is a plan that was made where the text goes on
 with a number. Slots are counted as in dag_model.py: inputs first, the newest number in slot 0, then a slot a step.
+With soft plans an expression shows the likeliest choices, while what is written comes from the mixture.
 
 Legend: K inputs, D steps, S = K + D slots, O operations, W plans in a beam.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 import exact
-from dag_model import GPT, DAGState, DifferentiableDAG, Sight
+from confidence import gates_of
+from dag_model import GPT, DAGState, DifferentiableDAG
 from exact import OPERATIONS
 from plan_search import Plans
-from planner import DAGPlanPredictor
+from planner import DAGPlanPredictor, Sight
 from tokenizer import Tokenizer
 
 ALTERNATIVES = 3
@@ -62,13 +65,25 @@ class Thought:
     last: int
     text: str  # the number
     expression: str
-    written: str | None  # what the plan would write; the text need not follow
+    written: str | None  # what the plan would write
+    followed: bool  # whether this is what the text goes on with
     format: str  # a name of exact.FORMATS
     probability: float  # of plan and format
     gate: float
     inputs: tuple[Number, ...]
     steps: tuple[Step, ...]
+    result: int  # its slot: an input's where nothing is computed
     alternatives: tuple[Candidate, ...]  # the likeliest other plans, the likeliest first
+
+
+@dataclass(frozen=True)
+class Unplanned:
+    """A number that the text goes on with and no plan was made for."""
+
+    first: int  # tokens
+    last: int
+    text: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -76,50 +91,74 @@ class Look:
     begin: int  # the first token looked at: a text longer than the context has lost its beginning
     gates: tuple[float, ...]  # of every token from there on: how far what follows it is what the DAG offers
     thoughts: tuple[Thought, ...]
+    unplanned: tuple[Unplanned, ...]
 
 
 @torch.inference_mode()
 def explain(model: GPT, tokenizer: Tokenizer, tokens: list[int], start: int = 0) -> Look:
-    """Of the numbers that open at token `start` or later. No thoughts without a DAG over the numbers of the text."""
+    """Of the numbers that end at token `start` or later. None without a DAG over the numbers of the text."""
     assert not model.training, "plans are those of a model in eval mode: call model.eval() first"
     begin = max(len(tokens) - model.config.block_size, 0)
-    if not model.reads_numbers or len(tokens) == 0:
-        return Look(begin, (0.0,) * (len(tokens) - begin), ())
-    dag, ids = model.dag, tokens[begin:]
+    ids = tokens[begin:]
+    if not ids:
+        return Look(begin, (), (), ())
     idx = torch.tensor([ids], device=model.lm_head.weight.device)
-    state, numerals = model.inspect(idx), dag.lexer(idx)
-    offset = numerals.offset[0].tolist()
-    thoughts = []
-    for n, position in enumerate(state.position.tolist()):
-        first = position + 1
-        last = last_of_number(dag, ids, offset, first)
-        if last < first or begin + first < start:
+    state = model.inspect(idx)
+    gates = tuple(gates_of(state, len(ids)).tolist())
+    if not model.reads_numbers:
+        return Look(begin, gates, (), ())
+    dag, numerals = model.dag, model.dag.lexer(idx)
+    visible = numerals.visible[0, :, 0].tolist()
+    plan_at = {position: n for n, position in enumerate(state.position.tolist())}
+    thoughts, unplanned = [], []
+    for first, last in spans_of_numbers(dag, ids, numerals.offset[0].tolist()):
+        if begin + last < start:
             continue
-        spans = torch.stack([numerals.first, numerals.last], dim=-1)[0, position].tolist()
+        text = tokenizer.decode(ids[first : last + 1])
+        n = plan_at.get(first - 1)
+        if n is None:
+            reason = "the gate was shut" if first > 0 and visible[first - 1] else "no number before it"
+            unplanned.append(Unplanned(begin + first, begin + last, text, reason))
+            continue
+        spans = torch.stack([numerals.first, numerals.last], dim=-1)[0, first - 1].tolist()
         numbers = numbers_of(dag, state, n, ids, spans)
+        steps = steps_of(dag, state.plans, n)
+        results = exact.run(steps, numbers, dag.digits, dag.operations)
+        expression = plan_text(steps, numbers + results, dag.names, state.written[n])
         inputs = tuple(
             Number(slot, value_text(value), begin + span[0], begin + span[1])
             for slot, (value, span) in enumerate(zip(numbers, spans))
             if value is not None
         )
-        results = exact.run(steps_of(dag, state.plans, n), numbers, dag.digits, dag.operations)
         thoughts.append(
             Thought(
-                begin + position,
-                begin + first,
-                begin + last,
-                tokenizer.decode(ids[first : last + 1]).strip(),
-                plan_text(steps_of(dag, state.plans, n), numbers + results, dag.names, state.written[n]),
-                state.written[n],
-                exact.FORMATS[int(state.format[n])],
-                float(state.log_probability[n].exp()),
-                float(state.gate[0, position, 0]),
-                inputs,
-                steps_with_odds(dag, state, n, results),
-                alternatives(dag, state, n, numbers),
+                position=begin + first - 1,
+                first=begin + first,
+                last=begin + last,
+                text=text,
+                expression=expression,
+                written=state.written[n],
+                followed=ids[first : last + 1] == state.symbols[n][:-1],
+                format=exact.FORMATS[int(state.format[n])],
+                probability=float(state.log_probability[n].exp()),
+                gate=gates[first - 1],
+                inputs=inputs,
+                steps=steps_with_odds(dag, state, n, results),
+                result=last_slot(steps, dag.planner.num_inputs, dag.names),
+                alternatives=alternatives(dag, state, n, numbers, expression),
             )
         )
-    return Look(begin, tuple(state.gate[0, :, 0].tolist()), tuple(thoughts))
+    return Look(begin, gates, tuple(thoughts), tuple(unplanned))
+
+
+def spans_of_numbers(dag: DifferentiableDAG, ids: list[int], offset: list[int]) -> Iterator[tuple[int, int]]:
+    """First and last token of every number that the text goes on with."""
+    first = 0
+    while first < len(ids):
+        last = last_of_number(dag, ids, offset, first)
+        if last >= first:
+            yield first, last
+        first = max(first, last) + 1
 
 
 def last_of_number(dag: DifferentiableDAG, ids: list[int], offset: list[int], first: int) -> int:
@@ -144,11 +183,8 @@ def is_bar(dag: DifferentiableDAG, ids: list[int], offset: list[int], t: int) ->
 
 def steps_of(dag: DifferentiableDAG, plans: Plans, n: int) -> list[tuple[int, int, int]]:
     """Plan n, an operation and two slots for every step; a + b and the like in the order in which they are read."""
-    K, steps, oldest = (
-        dag.planner.num_inputs,
-        [],
-        list(range(dag.planner.num_slots)),
-    )  # input that a slot is made of
+    K, steps = dag.planner.num_inputs, []
+    oldest = list(range(dag.planner.num_slots))  # of the inputs that a slot is made of
     for s, (operation, a, b) in enumerate(torch.stack(tuple(plans), dim=-1)[n].tolist()):
         name = dag.names[operation]
         if OPERATIONS[name].commutative and oldest[a] < oldest[b]:
@@ -234,21 +270,23 @@ def visible_odds(log_p: torch.Tensor) -> dict[int, float]:
     return {slot: p for slot, p in enumerate(log_p.exp().tolist()) if p > 0}
 
 
-def alternatives(dag: DifferentiableDAG, state: DAGState, n: int, numbers: list) -> tuple[Candidate, ...]:
-    """The likeliest plans that plan n was preferred to, at most ALTERNATIVES."""
+def alternatives(
+    dag: DifferentiableDAG, state: DAGState, n: int, numbers: list, expression: str
+) -> tuple[Candidate, ...]:
+    """The likeliest plans beside plan n that read otherwise, at most ALTERNATIVES."""
     if not isinstance(dag.planner, DAGPlanPredictor):
         return ()
     sight = state.sight[torch.tensor([n], device=state.row.device)]
     plans, log_p, format = likeliest(dag.planner, sight, 2 * ALTERNATIVES)
-    chosen, found = (steps_of(dag, state.plans, n), int(state.format[n])), []
+    found = {}
     for row, (form, p) in enumerate(zip(format.tolist(), log_p.exp().tolist())):
         steps = steps_of(dag, plans, row)
-        if (steps, form) == chosen or len(found) == ALTERNATIVES:
-            continue
         results = exact.run(steps, numbers, dag.digits, dag.operations)
         written = dag.write(results[-1], form)
-        found.append(Candidate(plan_text(steps, numbers + results, dag.names, written), written, p))
-    return tuple(found)
+        text = plan_text(steps, numbers + results, dag.names, written)
+        if text != expression:
+            found.setdefault(text, Candidate(text, written, p))
+    return tuple(found.values())[:ALTERNATIVES]
 
 
 def likeliest(
@@ -273,9 +311,8 @@ def likeliest(
         state, operation = state[:, :, None].expand(-1, -1, S, -1), operation[..., None].expand(-1, -1, S)
         odds2 = planner.operand2_score(state, operation, slots.expand(W, O, S), at[2], seen)
         odds2 = F.log_softmax(odds2, dim=-1)  # (W, O, S, S)
-        alone = torch.full_like(odds2[0, 0], -torch.inf).index_fill(
-            1, slots[:1], 0.0
-        )  # unary: the second is 0
+        alone = torch.full_like(odds2[0, 0], -torch.inf)
+        alone[:, 0] = 0.0  # of a unary operation the second operand is slot 0
         odds2 = odds2.where(planner.binary[:, None, None], alone)
         joint = odds[..., None, None] + odds1[..., None] + odds2
         joint[~going] = -torch.inf
@@ -290,6 +327,6 @@ def likeliest(
         going = going[beam] & (operation != planner.end)
         step_chosen = torch.stack([operation, operand1, operand2], dim=-1)
         plans = torch.cat([plans[beam], step_chosen[:, None]], dim=1)
-    format_log_p, format = planner.formats(x).max(-1)
+    format_log_p, format = planner.formats(planner.state(x + planner.step.weight[D])).max(-1)
     log_p, order = (log_p + format_log_p).sort(descending=True)
     return Plans(*plans[order].unbind(-1)), log_p, format[order]

@@ -8,6 +8,7 @@ Legend: C width, E width of the planner, K inputs, D steps, S = K + D slots, O o
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -16,6 +17,18 @@ import torch.nn.functional as F
 import dense_dag
 import exact
 from plan_search import Plans
+
+
+class Sight(NamedTuple):
+    """What the plans at N positions are made from."""
+
+    hidden: torch.Tensor  # (N, C), where the plan is made
+    readers: torch.Tensor  # (N, up to K, C), where the numbers at hand were completed, the newest first
+    inputs: torch.Tensor  # (N, K) bool: which of K numbers there are
+    values: torch.Tensor  # (N, K) float64, NaN where there is none
+
+    def __getitem__(self, rows) -> "Sight":
+        return Sight(*(part.index_select(0, rows) for part in tuple(self)))
 
 
 class SlotReader(nn.Module):
@@ -61,6 +74,8 @@ class DAGPlanPredictor(SlotReader):
         for property in ("binary", "commutative"):
             of_operation = [getattr(exact.OPERATIONS[name], property) for name in names]
             self.register_buffer(property, torch.tensor(of_operation), persistent=False)
+        compares = torch.tensor([name in ("max", "min") for name in names])
+        self.register_buffer("compares", compares, persistent=False)
         self.step = nn.Embedding(D + 1, E)
         sizes = dict(operation=O, operand1=self.num_slots, operand2=self.num_slots)
         self.chosen = nn.ModuleDict({name: nn.Embedding(D * size, E) for name, size in sizes.items()})
@@ -173,6 +188,14 @@ class DAGPlanPredictor(SlotReader):
 
     def formats(self, state: torch.Tensor) -> torch.Tensor:
         return F.log_softmax(self.format_score(state).float(), dim=-1)
+
+    def comparisons(self, plans: Plans) -> torch.Tensor:
+        """(N,) int64: the steps of a plan that only says which of its inputs is the largest or smallest, 0 for a copy;
+        -1 for all that compute something.
+        """
+        over, compares = self.is_over(plans.operation), self.compares[plans.operation]
+        alone = (compares | over | (plans.operation == self.end)).all(1)
+        return (compares & ~over).sum(1).where(alone, -1)
 
     def canonical(self, plans: Plans) -> Plans:
         """The same computations, with the operands of a + b and the like in the order of their slots."""

@@ -37,8 +37,12 @@ import tokenizer as tokenizers
 from configurator import TrainConfig, load_with_files, pick, run_script, to_dict
 from dag_logger import DAGLogger
 from dag_model import GPT, GPTConfig
+from dag_statistics import Watch
+from engine import generate
+from report import write_report
 
 ROOT = Path(__file__).parent
+SAMPLE_TOKENS = 200  # of the text in report.md
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -97,24 +101,29 @@ def git(*arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def write_run_files(run_dir: Path, config: TrainConfig, hardware: str, resumed_at: int | None) -> None:
+def write_run_files(
+    run_dir: Path, config: TrainConfig, hardware: str, resumed_at: int | None, probes: list[str]
+) -> dict:
     """What is needed to understand and repeat the run; a resumed one gets files of its own for that part."""
     part = "" if resumed_at is None else f"-{resumed_at:08d}"
     (run_dir / f"config{part}.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     run = dict(command=[sys.executable, *sys.argv], commit=(git("rev-parse", "HEAD") or "").strip() or None)
     run |= dict(hardware=hardware, python=sys.version.split()[0], started=time.strftime("%Y-%m-%d %H:%M:%S"))
+    run |= dict(probes=probes)  # probe/0 of metrics.jsonl, and so on
     (run_dir / f"run{part}.json").write_text(json.dumps(run, indent=2) + "\n")
     (run_dir / f"changes{part}.diff").write_text(git("diff", "HEAD") or "", encoding="utf-8")
+    return run
 
 
 # ----------------------------------------------------------------------------------------------------
 # Data and model
 
 
-def validation_problems(data_dir: Path, count: int) -> list[tasks.Problem]:
-    """About `count` problems, evenly from every val_* split; [] where the dataset has none."""
-    splits = tasks.splits(data_dir, prefix="val_").values()
-    return [problem for path in splits for problem in tasks.read_problems(path)[: -(-count // len(splits))]]
+def validation_problems(data_dir: Path, count: int) -> dict[str, list[tasks.Problem]]:
+    """About `count` problems, as many from every val_* split, by the rest of its name."""
+    splits = tasks.splits(data_dir, prefix="val_") if count else {}
+    each = -(-count // max(len(splits), 1))
+    return {name.removeprefix("val_"): tasks.read_problems(path)[:each] for name, path in splits.items()}
 
 
 def initial_model(
@@ -177,6 +186,10 @@ class Display:
     def close(self) -> None:
         if self.live:
             self.bar.stop()
+
+
+def share_solved(attempts: list[tasks.Attempt]) -> float:
+    return sum(attempt.correct for attempt in attempts) / len(attempts)
 
 
 def show_problems(display: Display, attempts: list[tasks.Attempt], wrong: int = 2, right: int = 1) -> None:
@@ -262,7 +275,8 @@ def main() -> None:
 
     train_loader = loader("train", config.seed)
     eval_loaders = {split: loader(split, config.seed + 1) for split in ("train", "val")}
-    problems = validation_problems(data_dir, config.eval_problems)
+    problems_by_kind = validation_problems(data_dir, config.eval_problems)
+    problems = [problem for kind in problems_by_kind.values() for problem in kind]
 
     # -------------------------------------------------------------------------------------- model
     separator_id = meta["separator_id"] if meta["documents"] else -1
@@ -309,27 +323,33 @@ def main() -> None:
             torch.manual_seed(config.seed + processes.rank + 1_000_003 * (iteration + 1))
     resumed_at = iteration if saved else None
 
-    logger = None
-    if processes.is_main and not config.eval_only:
-        write_run_files(run_dir, config, hardware, resumed_at)
-        logger = DAGLogger(
-            run_dir,
-            to_dict(config),
-            wandb_log=config.wandb_log,
-            project=config.wandb_project,
-            run_name=config.wandb_run_name or run_dir.name,
-            mode=config.wandb_mode,
-            run_id=run_id,
-            resume_step=resumed_at,
-        )
+    watch = Watch.of(model, tokenizer, *to_device(eval_loaders["val"].next_batch()), problems)
+    run_card, writes = {}, processes.is_main and not config.eval_only
+    if writes:
+        probes = [problem.prompt for problem in watch.probes]
+        run_card = write_run_files(run_dir, config, hardware, resumed_at, probes)
+    logger = DAGLogger(
+        run_dir if writes else None,
+        to_dict(config) | {"run": run_card},
+        wandb_log=config.wandb_log,
+        project=config.wandb_project,
+        run_name=config.wandb_run_name,
+        mode=config.wandb_mode,
+        artifacts=config.wandb_artifacts,
+        run_id=run_id,
+        resume_step=resumed_at,
+    )
+    logger.watch = watch
     display = Display(config.max_iters, iteration, processes.is_main)
     plain = "plain GPT" if model.dag is None else f"GPT with a DAG of depth {config.dag_depth}"
     display.say(f"{plain}, {model.num_parameters() / 1e6:.2f} M parameters, on {hardware}")
     where = "" if config.eval_only else f"; run folder {run_dir}"
     display.say(f"{meta['splits']['train']['tokens'] / 1e6:.1f} M training tokens in {data_dir}{where}")
 
+    attempts_by_kind = {}
+
     def evaluate() -> dict[str, float]:
-        """Losses over the same batches every time, and problems; `logger` learns what the DAG does."""
+        """Losses over the same batches every time, problems by their kind, and what the DAG does."""
         model.eval()
         scores = {}
         for split, batches in eval_loaders.items():
@@ -338,16 +358,19 @@ def main() -> None:
         display.say(
             f"step {iteration}: train loss {scores['train/loss']:.4f}, val loss {scores['val/loss']:.4f}"
         )
-        if processes.is_main:
-            if problems:
-                attempts = tasks.solve(model, tokenizer, problems)
-                scores["val/solved"] = sum(attempt.correct for attempt in attempts) / len(attempts)
-                display.say(f"  {scores['val/solved']:.1%} of {len(attempts)} validation problems solved")
-                show_problems(display, attempts)
-            if logger and model.dag is not None:
-                idx = eval_loaders["val"].next_batch()[0].to(device)
-                with runtime.autocast(device, dtype):
-                    logger.dag_statistics(model.inspect(idx), model.dag.names)
+        if processes.is_main and problems:
+            attempts = tasks.solve(model, tokenizer, problems)
+            solved = iter(attempts)
+            for kind, asked in problems_by_kind.items():
+                attempts_by_kind[kind] = [next(solved) for _ in asked]
+            scores["val/solved"] = share_solved(attempts)
+            for kind, tried in attempts_by_kind.items():
+                scores[f"val/solved/{kind}"] = share_solved(tried)
+            display.say(f"  {scores['val/solved']:.1%} of {len(attempts)} validation problems solved")
+            show_problems(display, attempts)
+            logger.log_problems(iteration, model, tokenizer, attempts_by_kind)
+        with runtime.autocast(device, dtype):
+            scores |= logger.get_wandb_logging_dict(model)
         model.train()
         return scores
 
@@ -366,12 +389,11 @@ def main() -> None:
             tokenizer=tokenizer.to_json(),
             progress=dict(stale=stale, wandb_run_id=logger.run_id, minutes=minutes),
         )
-        checkpoint.save(run_dir, kind, state)
+        logger.log_checkpoint(checkpoint.save(run_dir, kind, state), kind)
 
     def require_finite(loss: float) -> None:
         if not math.isfinite(loss):
-            if logger:
-                logger.finish(exit_code=1)
+            logger.finish(exit_code=1)
             raise SystemExit(  # exit code 1
                 f"error: the loss is {loss} at step {iteration}; nothing of that was saved. Go on from the last "
                 f"good checkpoint with a lower --learning_rate or --grad_clip: "
@@ -396,8 +418,7 @@ def main() -> None:
             minutes, started = minutes + (paused - started) / 60, paused
             scores = evaluate() | {"train/minutes": minutes}
             require_finite(scores["val/loss"])
-            if logger:
-                logger.log(iteration, scores | logger.get_wandb_logging_dict(model))
+            logger.log(iteration, scores)
             if config.eval_only:
                 break
             improved = scores["val/loss"] < best_loss
@@ -456,16 +477,22 @@ def main() -> None:
             seconds = (now - since) / (iteration - since_iteration)
             since, since_iteration = now, iteration
             display.step(iteration, loss, seconds, tokens_per_step / seconds)
-            if logger:
-                speed = {"step_ms": seconds * 1e3, "tokens_per_second": tokens_per_step / seconds}
-                progress = {"train/batch_loss": loss, "learning_rate": rate, "gradient_norm": norm.item()}
-                logger.log(iteration, progress | speed)
+            speed = {"step_ms": seconds * 1e3, "tokens_per_second": tokens_per_step / seconds}
+            progress = {"train/batch_loss": loss, "learning_rate": rate, "gradient_norm": norm.item()}
+            logger.log(iteration, progress | speed | logger.hits_since(model))
 
     # --------------------------------------------------------------------------------------- end
     stop.restore()
     display.close()
-    if logger:
-        logger.finish()
+    if writes:
+        sample = generate(
+            model.eval(), [[tokenizer.separator_id]], SAMPLE_TOKENS, temperature=0.8, seed=config.seed
+        )
+        headline = f"{plain}, {model.num_parameters() / 1e6:.2f} M parameters"
+        write_report(run_dir, headline, attempts_by_kind, [tokenizer.decode(sample[0])])
+        logger.log_pictures(iteration, {"curves": run_dir / "curves.png"})
+    logger.finish()
+    if writes:
         start = min((problem.prompt for problem in problems), key=len, default="")  # empty begins a document
         longer = f" --max_iters={2 * iteration}" if iteration >= config.max_iters else ""
         print(

@@ -19,6 +19,7 @@ import arithmetic as ar  # noqa: E402
 import dag_model  # noqa: E402
 import train  # noqa: E402
 from configurator import run_script  # noqa: E402
+from explanations import PlanLoss  # noqa: E402
 from plan_search import Plans, run  # noqa: E402
 
 SIGNED = re.compile(r"(?<![\d)])-?\d+(?:\.\d+)?")  # as the generator writes numbers: 5-3, 5 - -3, -5*3
@@ -89,33 +90,35 @@ def draw_labels(inputs: int) -> dict[tuple[str, ...], list[Step]]:
     return {key: steps for key, steps in labels.items() if steps}
 
 
-class LabelledDAG(dag_model.DifferentiableDAG):
+class LabelledLoss(PlanLoss):
     """Learns the labels' plans, and the format from the text as ever."""
 
-    def __init__(self, config, vocabulary):
-        super().__init__(config, vocabulary)
-        labels, K = draw_labels(self.planner.num_inputs), self.planner.num_inputs
-        end = [(self.planner.end, K + n - 1, 0) for n in range(config.dag_depth)]  # passes the last result on
+    def __init__(self, config, names):
+        super().__init__(config, names)
+        K = config.dag_num_inputs
+        end = [
+            (names.index("identity"), K + n - 1, 0) for n in range(config.dag_depth)
+        ]  # passes the last result on
         self.labels = {
-            key: [(self.names.index(name), a, b) for name, a, b in steps] + end[len(steps) :]
-            for key, steps in labels.items()
+            key: [(names.index(name), a, b) for name, a, b in steps] + end[len(steps) :]
+            for key, steps in draw_labels(K).items()
         }
 
-    def loss(self, plans, sight, target, odds):
+    def forward(self, planner, plans, sight, target, odds):
         numbers, answers = sight.values.tolist(), target.value.tolist()
         keys = [key_of((x for x in row if x == x), answer) for row, answer in zip(numbers, answers)]
         n = torch.tensor([n for n, key in enumerate(keys) if key in self.labels], dtype=torch.long)
         if len(n) == 0:
-            return 0.0 * sum(parameter.sum() for parameter in self.planner.parameters())
+            return 0.0 * sum(parameter.sum() for parameter in planner.parameters())
         labels = torch.tensor([self.labels[keys[row]] for row in n.tolist()])
-        labels = self.planner.canonical(Plans(*labels.unbind(-1)))
+        labels = planner.canonical(Plans(*labels.unbind(-1)))
         sight, target = sight[n], target[n]
         right = target.formats(run(labels, sight.values, self.names))
-        context, keys = self.planner.read(sight.hidden, sight.readers)
-        log_p, formats = self.planner.log_probability(context, keys, sight.inputs, labels)
+        context, keys = planner.read(sight.hidden, sight.readers)
+        log_p, formats = planner.log_probability(context, keys, sight.inputs, labels)
         return -(log_p + formats.masked_fill(~right, -torch.inf).logsumexp(-1)).mean()
 
 
 if __name__ == "__main__":
-    dag_model.DAGS["numbers"] = LabelledDAG
+    dag_model.PlanLoss = LabelledLoss
     run_script(train.main)

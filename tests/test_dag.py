@@ -20,6 +20,7 @@ import exact
 from attention import Cache
 from dag_model import CHOICES, GPT, SHUT, DAGPlanPredictor, GPTConfig
 from engine import generate
+from explanations import compared_enough
 from plan_search import Plans, run
 from readout import NOTHING
 
@@ -431,6 +432,55 @@ def test_the_loss_is_minus_the_log_probability_of_all_that_explains_the_text(mon
     assert term.keys() == {(identity, 0, 0), (add, 0, 1), (multiply, 0, 1)}
     second, third = term[identity, 0, 0], torch.logaddexp(term[add, 0, 1], term[multiply, 0, 1])
     assert state.plan_loss.item() == pytest.approx(-(second + third).item() / 2, rel=1e-5)
+
+
+@pytest.fixture
+def comparing() -> GPT:
+    return fresh(dag_ops="add,max,min,identity", dag_num_inputs=3, dag_depth=2)
+
+
+def plans_of(model: GPT, *steps: list[tuple]) -> Plans:
+    """Of names and slots, ended by identity."""
+    planner, names = model.dag.planner, model.dag.names
+    ends = [("identity", planner.num_inputs + n - 1, 0) for n in range(planner.depth)]
+    rows = [some + ends[len(some) :] for some in steps]
+    rows = torch.tensor([[(names.index(name), a, b) for name, a, b in row] for row in rows])
+    return Plans(*rows.unbind(-1))
+
+
+COPY, LARGER = [("identity", 1, 0)], [("max", 0, 1)]
+LARGEST, MIDDLE = [("max", 0, 1), ("max", 2, 3)], [("min", 0, 1), ("max", 2, 3)]
+SUM, LARGER_SUM = [("add", 0, 1)], [("add", 0, 1), ("max", 2, 3)]
+
+
+def test_only_comparisons_are_counted(comparing):
+    plans = plans_of(comparing, COPY, LARGER, LARGEST, MIDDLE, SUM, LARGER_SUM)
+    assert comparing.dag.planner.comparisons(plans).tolist() == [0, 1, 2, 2, -1, -1]
+
+
+def test_what_compares_the_most_is_at_times_the_only_explanation(comparing):
+    number = torch.tensor([0, 0, 0, 1, 2, 2, 2])
+    hits = plans_of(comparing, COPY, LARGER, LARGEST, COPY, COPY, LARGER, LARGER_SUM)
+    compared = comparing.dag.planner.comparisons(hits)
+    often = torch.stack([compared_enough(compared, number, 4) for _ in range(400)]).double().mean(0)
+    assert often.tolist() == pytest.approx([0.75, 0.75, 1, 1, 0.75, 1, 1], abs=0.08)
+
+
+def test_the_larger_of_two_numbers_is_computed_not_copied():
+    """Even where one look at the first digit says which one to copy."""
+    model = fresh(dag_ops="max,identity", dag_num_inputs=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    pairs = torch.randint(1000, 10**4, (60, 32, 2)).tolist()
+    for some in pairs:
+        lines = [tokens(f"{a} {b}={max(a, b)}\n") for a, b in some]
+        rows = torch.tensor(lines)
+        model(rows[:, :-1], rows[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    idx = torch.tensor([tokens(f"{a} {b}=") for a, b in torch.randint(1000, 10**4, (20, 2)).tolist()])
+    state = model.eval().inspect(idx)
+    plans = state.plans[(state.position == idx.size(1) - 1).nonzero().squeeze(1)]
+    assert len(plans.operation) == 20 and (plans.operation == model.dag.names.index("max")).all()
 
 
 @pytest.mark.parametrize("plan", LEARNERS)

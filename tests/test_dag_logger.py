@@ -1,7 +1,8 @@
-"""Statistics by hand, metrics.jsonl line by line, and the real wandb package without a network."""
+"""metrics.jsonl line by line, what one call tells, and the real wandb package without a network."""
 
 import json
 import math
+import multiprocessing
 import os
 import pty
 import subprocess
@@ -11,16 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DENSE, random_text
+from conftest import DENSE, SEPARATOR, VOCABULARY, random_text
+from matplotlib.figure import Figure
 
 import dag_logger
 from dag_logger import DAGLogger
-from dag_model import DAGState
-from dense_dag import DenseState, Plan
-from plan_search import Plans
-from readout import Offers
+from dag_statistics import Watch
+from explain import explain
+from tasks import Attempt, Problem
+from tokenizer import CharTokenizer
 
 ROOT = Path(dag_logger.__file__).parent
+TOKENIZER = CharTokenizer(b"".join(VOCABULARY).decode())
 
 
 def read(run_dir) -> list[dict]:
@@ -81,166 +84,80 @@ def test_resuming_from_step_0_and_a_fresh_run_keep_different_things(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------
-# statistics
+# statistics: what they are is tested in test_dag_statistics.py
 
 
-def tiny_state() -> DenseState:
-    """One row of two positions, K = 1 input and D = 2 steps, so S = 3; two operations; width 2."""
-    operands = torch.tensor(
-        [
-            [[[1.0, 0, 0], [1, 0, 0]], [[0, 1, 0], [1, 0, 0]]],  # position 0: (0, 0), then (1, 0)
-            [
-                [[1.0, 0, 0], [1, 0, 0]],
-                [[0.5, 0.5, 0], [0, 1, 0]],
-            ],  # position 1: (0, 0), then a mixture and 1
-        ]
-    )[None]
-    operation = torch.tensor([[[1.0, 0], [1, 0]], [[1, 0], [0, 1]]])[None]
-    return DenseState(
-        plan=Plan(operands, operation),
-        values=torch.tensor([[[2.0, 4, 8], [3, 6, 9]]]),
-        validity=torch.tensor([[[1.0, 1, 0], [1, 0.5, 1]]]),
-        gate=torch.tensor([[[0.2], [0.8]]]),
-        folded=torch.tensor([[[3.0, 4.0], [0.0, 1.0]]]),
-    )
-
-
-def plans_state(count: int) -> DAGState:
-    """One row of two positions and `count` of two plans: K = 1 input, D = 2 steps; two operations."""
-    operation = torch.tensor([[0, 1], [1, 1]])[:count]
-    none = torch.zeros_like(operation)
-    return DAGState(
-        row=torch.zeros(count, dtype=torch.long),
-        position=torch.arange(count),
-        plans=Plans(operation, none, none),
-        format=torch.zeros(count, dtype=torch.long),
-        log_probability=torch.tensor([0.5, 0.25]).log()[:count],
-        written=["7", None][:count],
-        symbols=[[7, 29], []][:count],
-        offers=Offers(
-            torch.tensor([[7, -1]]), torch.tensor([[-0.5, 0]]), torch.tensor([[0, 0]]), torch.tensor([[0, 2]])
-        ),
-        gate=torch.tensor([[[0.8], [0.0]]]),
-        plan_loss=None,
-    )
-
-
-def nats(*probabilities) -> float:
-    return -sum(p * math.log(p) for p in probabilities)
-
-
-def test_statistics_by_hand(tmp_path):
-    statistics = DAGLogger(tmp_path, {}).dag_statistics(tiny_state(), ["add", "log"])
-    assert all(type(value) is float for value in statistics.values())
-    assert statistics == pytest.approx(
-        {
-            "dag/gate_mean": 0.5,
-            "dag/gate_std": 0.3,
-            "dag/gate_open": 0.5,
-            "dag/valid_results": 2.5 / 4,
-            "dag/valid_final": 0.5,
-            "dag/folded_norm": (5 + 1) / 2,
-            "dag/gated_norm": (0.2 * 5 + 0.8 * 1) / 2,
-            "dag/operation_entropy": nats(3 / 4, 1 / 4),
-            "dag/operand1_entropy": nats(2.5 / 4, 1.5 / 4),
-            "dag/operand2_entropy": nats(3 / 4, 1 / 4),
-            "dag/operands_from_results": (1.5 + 1) / 8,
-            "dag/use/add": 3 / 4,
-            "dag/use/log": 1 / 4,
-        },
-        rel=1e-6,
-    )
-
-
-def test_statistics_of_plans_by_hand(tmp_path):
+@pytest.mark.parametrize("fields", [{}, DENSE["sequence"]], ids=["numbers", "sequence"])
+def test_one_call_has_statistics_gradients_hits_and_probes(tmp_path, tiny_gpt, fields):
+    model = tiny_gpt(separator_id=SEPARATOR, **fields).train()
     logger = DAGLogger(tmp_path, {})
-    gate = {"dag/gate_mean": 0.4, "dag/gate_std": 0.4, "dag/gate_open": 0.5}
-    assert logger.dag_statistics(plans_state(2), ["add", "identity"]) == pytest.approx(
-        gate
-        | {
-            "dag/plans": 2.0,
-            "dag/valid_final": 0.5,
-            "dag/plan_probability": 0.375,
-            "dag/operation_entropy": nats(1 / 4, 3 / 4),
-            "dag/use/add": 1 / 4,
-            "dag/use/identity": 3 / 4,
-        },
-        rel=1e-6,
-    )
-    assert logger.dag_statistics(plans_state(0), ["add", "identity"]) == pytest.approx(
-        gate | {"dag/plans": 0.0}
-    )
-
-
-@pytest.mark.parametrize(
-    "fields", [DENSE["sequence"] | dict(dag_gate=False), DENSE["token"] | dict(dag_plan="soft"), {}]
-)
-def test_statistics_of_a_model_are_finite_under_autocast(tmp_path, tiny_gpt, fields):
-    model = tiny_gpt(**fields)
-    with torch.autocast("cpu", torch.bfloat16):
-        state = model.inspect(random_text(8, 16))
-    statistics = DAGLogger(tmp_path, {}).dag_statistics(state, model.dag.names)
-    assert all(math.isfinite(value) for value in statistics.values())
-    assert sum(value for name, value in statistics.items() if "/use/" in name) == pytest.approx(1, abs=1e-5)
-
-
-def test_the_wrong_operation_names_are_refused(tmp_path):
-    for state, names in [(tiny_state(), ["add", "log", "max"]), (plans_state(2), ["add"])]:
-        with pytest.raises(ValueError):
-            DAGLogger(tmp_path, {}).dag_statistics(state, names)
-
-
-def test_gradients_by_hand(tmp_path, tiny_gpt):
-    model = tiny_gpt(dag_depth=2, dag_ops="add,log", n_embd=2, n_head=1, **DENSE["token"])
-    logger = DAGLogger(tmp_path, {})
-    assert logger.get_wandb_logging_dict(model) == {}  # no gradients yet
-    scores = model.dag.planner.operation_score  # rows: step 0 add, step 0 log, step 1 add, step 1 log
-    scores.weight.grad = torch.tensor([[3.0, 0], [1, 0], [0, 4], [0, 0]])
-    model.dag.fold.project.weight.grad = torch.tensor([[6.0], [0]])
-    model.dag.fold.project.bias.grad = torch.tensor([0.0, 8])
-    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)  # not the DAG's
-    assert logger.get_wandb_logging_dict(model) == pytest.approx(
-        {
-            "dag/gradient_norm/planner": math.sqrt(26),
-            "dag/gradient_norm/fold": 10.0,
-            "dag/gradient_norm/add": 5.0,
-            "dag/gradient_norm/log": 1.0,
-        }
-    )
-
-
-@pytest.mark.parametrize(
-    "fields, parts",
-    [
-        (
-            DENSE["sequence"] | dict(dag_context="attention"),
-            ["contexts", "values", "inputs", "planner", "fold", "gate"],
-        ),
-        ({}, ["near_digit", "planner", "wanted", "trusted"]),
-    ],
-    ids=["sequence", "numbers"],
-)
-def test_the_logging_dict_has_statistics_and_gradients_of_every_part(tmp_path, tiny_gpt, fields, parts):
-    model = tiny_gpt(**fields).train()
-    logger = DAGLogger(tmp_path, {})
-    idx = random_text(16, 16)
-    statistics = logger.dag_statistics(model.inspect(idx), model.dag.names)
-    model(idx, idx)[1].backward()
+    idx, targets = random_text(16, 16), random_text(16, 16)
+    assert logger.get_wandb_logging_dict(model) == {}  # nothing to look at, and no gradients yet
+    logger.watch = Watch.of(model, TOKENIZER, idx, targets, [Problem("2+3=", "5")])
+    model(idx, targets)[1].backward()
     logged = logger.get_wandb_logging_dict(model)
-    assert statistics.items() <= logged.items()
-    for part in parts:
-        assert logged[f"dag/gradient_norm/{part}"] > 0
+    expected = {"dag/gate_open", "dag/mixed_norm", "dag/use/add", "dag/gradient/final_hidden", "probe/0/gate"}
+    expected |= {f"dag/gradient_norm/{part}" for part in ("planner", "add")}
+    if model.reads_numbers:
+        expected |= {"dag/own_plan_computes", "dag/gradient_norm/near_digit"}
+    assert expected <= logged.keys()
+    assert all(type(value) is float and math.isfinite(value) for value in logged.values())
     logger.log(1, logged)
-    assert read(tmp_path)[0]["dag/gate_mean"] == statistics["dag/gate_mean"]
+    (line,) = read(tmp_path)
+    assert logged.items() <= line.items()
 
 
 def test_a_plain_gpt_has_nothing_to_tell(tmp_path, tiny_gpt):
     model = tiny_gpt(dag_depth=0)
     logger = DAGLogger(tmp_path, {})
-    idx = torch.randint(29, (1, 4))
+    idx = random_text(2, 8)
+    logger.watch = Watch.of(model, TOKENIZER, idx, idx, [Problem("2+3=", "5")])
     model(idx, idx)[1].backward()
-    assert logger.dag_statistics(model.inspect(idx), []) == {}
-    assert logger.get_wandb_logging_dict(model) == {}
+    assert logger.get_wandb_logging_dict(model) == logger.hits_since(model) == {}
+
+
+def test_hits_are_those_since_the_last_call(tiny_gpt):
+    logger, model = DAGLogger(None, {}), tiny_gpt()
+    model.dag.plan_loss.hits.update(numbers=4, own=1)
+    assert logger.hits_since(model) == {"dag/own_plan_computes": 0.25, "dag/explained": 0.0}
+    assert logger.hits_since(model) == {}
+    model.dag.plan_loss.hits.update(numbers=2, own=2, explained=2, plans=2)
+    assert logger.hits_since(model)["dag/own_plan_computes"] == 1.0
+
+
+def test_what_is_not_finite_is_left_out():
+    tensors = {name: torch.tensor(value) for name, value in dict(a=1.5, b=math.nan, c=-math.inf).items()}
+    assert dag_logger.to_floats(tensors) == {"a": 1.5}
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    logger = DAGLogger(None, {}, wandb_log=True, mode="offline")
+    logger.log(1, {"loss": 1.0})
+    logger.finish()
+    assert logger.run is None and os.listdir(tmp_path) == []
+
+
+def gather(rank: int, path: str, results) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    mine = [{"both": 1.0, "first": 5.0}, {"both": 2.0, "second": 7.0}][rank]
+    results.put((rank, dag_logger.mean_over_ranks(mine)))
+    torch.distributed.destroy_process_group()
+
+
+def test_statistics_are_means_over_the_processes_that_have_them(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    ranks = [
+        fork.Process(target=gather, args=(rank, str(tmp_path / "rendezvous"), results)) for rank in (0, 1)
+    ]
+    for process in ranks:
+        process.start()
+    found = dict(results.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.join()
+    assert found[0] == found[1] == {"both": 1.5, "first": 5.0, "second": 7.0}
+    assert dag_logger.mean_over_ranks({"both": 1.0}) == {"both": 1.0}  # a run of one process
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -264,8 +181,8 @@ def wandb_records(path: Path):
             parts = b""
 
 
-def read_wandb(run_dir: Path) -> tuple[dict, list[dict]]:
-    """Configuration and history of the folder's run; W&B ends its file shortly after `finish`."""
+def read_wandb(run_dir: Path) -> tuple[dict, list[dict], list]:
+    """Configuration, history and artifacts of the folder's run; W&B ends its file shortly after `finish`."""
     (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     for _ in range(200):
         records = {}
@@ -278,7 +195,9 @@ def read_wandb(run_dir: Path) -> tuple[dict, list[dict]]:
     def as_dict(items) -> dict:
         return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
-    return as_dict(records["run"][0].run.config.update), [as_dict(r.history.item) for r in records["history"]]
+    configuration = as_dict(records["run"][0].run.config.update)
+    artifacts = [record.artifact for record in records.get("artifact", [])]
+    return configuration, [as_dict(record.history.item) for record in records["history"]], artifacts
 
 
 def test_offline_run_holds_what_was_logged_and_goes_on_under_its_id(tmp_path, capfd):
@@ -290,7 +209,7 @@ def test_offline_run_holds_what_was_logged_and_goes_on_under_its_id(tmp_path, ca
     first.log(20, {"train/loss": 1.25})
     first.finish()
     assert "wandb sync" in capfd.readouterr().out
-    written, history = read_wandb(tmp_path)
+    written, history, _ = read_wandb(tmp_path)
     assert config.items() <= written.items()
     rows = [{name: row.get(name) for name in ("_step", "train/loss", "val/loss")} for row in history]
     assert rows == [
@@ -302,6 +221,46 @@ def test_offline_run_holds_what_was_logged_and_goes_on_under_its_id(tmp_path, ca
     again = DAGLogger(tmp_path, {}, wandb_log=True, mode="offline", run_id=first.run_id, resume_step=20)
     again.finish()
     assert again.run_id == first.run_id
+
+
+def test_tables_pictures_and_checkpoints_are_in_the_offline_run(tmp_path, tiny_gpt, capfd):
+    model = tiny_gpt(separator_id=SEPARATOR)
+    model.dag.wanted.bias.data += 100.0  # an open gate
+    checkpoint = tmp_path / "last-00000007"
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text("{}")
+    right = Attempt("2+3=", "5", "5", True, tuple(TOKENIZER.encode("5")))
+    wrong = Attempt("4-1=", "3", "9", False, tuple(TOKENIZER.encode("9")))
+    Figure(figsize=(1, 1)).savefig(tmp_path / "curves.png")
+    logger = DAGLogger(tmp_path, {}, wandb_log=True, mode="offline", artifacts=True)
+    logger.log_problems(7, model, TOKENIZER, {"sums": [right], "differences": [wrong]})
+    logger.log_pictures(7, {"curves": tmp_path / "curves.png", "none": tmp_path / "none.png"})
+    logger.log_checkpoint(checkpoint, "last")
+    assert logger.run is not None and capfd.readouterr().err == ""  # nothing of that went wrong
+    logger.finish()
+    _, (row,), artifacts = read_wandb(tmp_path)
+    files = Path(next(tmp_path.glob("wandb/offline-run-*/files")))
+    table = json.loads((files / row["val/problems.path"]).read_text())
+    assert (files / row["curves.path"]).read_bytes().startswith(b"\x89PNG")
+    assert [line[:5] for line in table["data"]] == [
+        ["sums", "2+3=", "5", "5", True],
+        ["differences", "4-1=", "3", "9", False],
+    ]
+    (solved_part, solved_plan), (failed_part, failed_plan) = (line[5:] for line in table["data"])
+    expected = explain(model, TOKENIZER, TOKENIZER.encode("2+3=5")).thoughts[-1].expression
+    assert solved_plan == expected and solved_part == ""
+    assert failed_part in ("plan", "execution", "writing") and failed_plan
+    (artifact,) = [saved for saved in artifacts if saved.type == "model"]  # the table is one too
+    assert artifact.name == f"checkpoint-{logger.run_id}"
+    assert {"last", checkpoint.name} <= set(artifact.aliases)
+    assert [entry.path for entry in artifact.manifest.contents] == ["state.json"]
+
+
+def test_checkpoints_are_uploaded_only_if_asked(tmp_path):
+    logger = DAGLogger(tmp_path, {})
+    logger.run = object()  # anything done with it would end W&B
+    logger.log_checkpoint(tmp_path, "last")
+    assert logger.run is not None
 
 
 def test_disabled_is_off(tmp_path, capfd):

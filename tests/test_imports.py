@@ -25,23 +25,40 @@ MAY_IMPORT = {
     "plan_search": {"exact"},
     "dense_dag": {"attention", "layers"},
     "planner": {"dense_dag", "exact", "plan_search"},
+    "explanations": {"numerals", "plan_search", "planner"},
     "dag_model": {
         *("attention", "layers", "exact", "numerals"),
-        *("dense_dag", "documents", "plan_search", "planner", "readout"),
+        *("dense_dag", "documents", "explanations", "plan_search", "planner", "readout"),
     },
+    # what a run has left
+    "curves": set(),
+    "report": {"curves"},
     # what uses a model
     "checkpoint": {"dag_model", "tokenizer"},
-    "dag_logger": {"dag_model"},
+    "dag_statistics": {
+        *("dag_model", "diagnosis", "documents", "exact", "explain", "numerals"),
+        *("plan_search", "tasks", "tokenizer"),
+    },
+    "dag_logger": {"dag_model", "dag_statistics", "diagnosis", "explain", "tasks", "tokenizer"},
     "engine": {"attention", "dag_model"},
     "tasks": {"dag_model", "dataloader", "engine", "runtime", "tokenizer"},
-    "explain": {"dag_model", "exact", "plan_search", "planner", "tokenizer"},
+    "confidence": {"dag_model", "tokenizer"},
+    "explain": {"confidence", "dag_model", "exact", "plan_search", "planner", "tokenizer"},
+    "pictures": {"confidence", "explain"},
     "diagnosis": {"dag_model", "exact", "explain", "numerals", "tasks", "tokenizer"},
 }
 MODEL_SIDE = [
     *("attention", "layers", "exact", "numerals", "documents", "readout"),
-    *("plan_search", "dense_dag", "planner", "dag_model"),
+    *("plan_search", "dense_dag", "planner", "explanations", "dag_model"),
 ]
-SCRIPTS = ["train", "sample", "bench", "evaluate"]  # and data/*/prepare.py: any module, no script
+SCRIPTS = [
+    "train",
+    "sample",
+    "bench",
+    "evaluate",
+    "plot",
+    "serve",
+]  # and data/*/prepare.py: any module, no script
 LAUNCHERS = ["lambda_service"]  # configurator alone: they run where no torch is installed
 
 ALLOWED = {

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from conftest import DENSE
 from safetensors.torch import load_file
 
 import checkpoint
+import dataloader
 import train
+from dag_statistics import Watch, observe
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
@@ -126,9 +129,46 @@ def test_metrics_hold_losses_speed_and_what_the_dag_does(run):
     assert metrics("run", "val/loss").keys() == metrics("run", "val/solved").keys() == {0, 2, 4}
     assert 0 < metrics("run", "dag/gate_mean")[4] < 1
     assert metrics("run", "dag/gradient_norm/planner")[4] > 0
+    assert metrics("run", "dag/gradient/final_hidden").keys() == {0, 2, 4}
+    assert metrics("run", "dag/own_plan_computes").keys() == {1, 2, 3, 4}  # of training, at every line
     run_card = json.loads(Path("run/run.json").read_text())
+    for n, probe in enumerate(run_card["probes"]):
+        assert metrics("run", f"probe/{n}/gate").keys() == {0, 2, 4} and "=" in probe
     assert run_card["command"][1:] == sys.argv
     assert json.loads(Path("run/config.json").read_text())["dag_depth"] == 2
+
+
+def test_problems_are_also_scored_by_their_kind(run, data_dir, monkeypatch):
+    """As many of each; a model that can subtract, and only in sentences of one kind, say."""
+    solve = train.tasks.solve
+
+    def solve_some(model, tokenizer, problems):
+        right = [len(problem.prompt) % 3 == 0 for problem in problems]
+        return [replace(done, correct=flag) for done, flag in zip(solve(model, tokenizer, problems), right)]
+
+    monkeypatch.setattr(train.tasks, "solve", solve_some)
+    run("--max_iters=1", "--eval_problems=22", "--out_dir=run")
+    splits = train.tasks.splits(data_dir / "arithmetic")
+    for name, path in splits.items():
+        lengths = [len(problem.prompt) for problem in train.tasks.read_problems(path)[:2]]
+        solved = metrics("run", f"val/solved/{name.removeprefix('val_')}")
+        assert solved[1] == sum(length % 3 == 0 for length in lengths) / 2
+    assert len(splits) == 11 and 0 < metrics("run", "val/solved")[1] < 1
+
+
+def test_without_problems_there_are_no_scores(run):
+    run("--max_iters=1", "--eval_problems=0", "--out_dir=run")
+    assert not metrics("run", "val/solved") and metrics("run", "dag/gate_mean")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(run):
+    flags = ["--wandb_log=True", "--wandb_mode=offline", "--wandb_artifacts=True", "--out_dir=run"]
+    run(*flags, "--max_iters=1")
+    run("--init_from=resume", "--out_dir=run", "--max_iters=2")
+    names = [path.name.split("-")[-1] for path in Path("run/wandb").glob("offline-run-*")]
+    assert len(names) == 2 and len(set(names)) == 1
+    assert checkpoint.load("run", "last").progress["wandb_run_id"] == names[0]
 
 
 @pytest.mark.parametrize("inputs", SYSTEMS)
@@ -334,6 +374,14 @@ def test_two_processes_equal_one_on_the_same_global_batch(run, data_dir, tmp_pat
     run(*flags, "--out_dir=one")
     for name, tolerance in {"train/batch_loss": 1e-4, "gradient_norm": 1e-3}.items():
         assert metrics("one", name) == pytest.approx(metrics("two", name), rel=tolerance)
+    assert len(open(tmp_path / "two" / "metrics.jsonl").readlines()) == 5  # the first process writes, alone
+    model, tokenizer, _ = checkpoint.load_model("two/last-00000000")
+    means = []
+    for rank in (0, 1):
+        where = dict(batch_size=4, block_size=64, seed=1338, rank=rank, world_size=2)
+        batch = dataloader.Loader(data_dir / "arithmetic", "val", **where).next_batch()
+        means.append(float(observe(model, Watch.of(model, tokenizer, *batch))["gate_mean"]))
+    assert metrics("two", "dag/gate_mean")[0] == pytest.approx(sum(means) / 2) != pytest.approx(means[0])
     start, one, two = (
         torch.cat([tensor.flatten() for tensor in state.values()])
         for state in (checkpoint.load("one/last-00000000").model, weights("one"), weights("two"))

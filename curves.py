@@ -28,7 +28,7 @@ GROUPS = {  # panels of metrics that have no prefix for themselves, by a regular
     "dag/gate": r"dag/gate_.*",
     "dag/norm": r"dag/\w+_norm",
     "dag/entropy": r"dag/\w+_entropy",
-    "probe/gate": r"probe/\d+/gate",
+    "probe/gate": r"probe/\d+/(gate|plan_probability)",
 }
 FIRST = ("loss", "val/solved", "dag/gate", "dag/use")  # panels, where there are such; the others follow
 PANEL, LEFT, RIGHT, ABOVE, BELOW = (3.4, 1.75), 0.65, 0.15, 0.3, 0.5  # inches, of a panel and around it

@@ -10,7 +10,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -24,14 +24,17 @@ def write_report(
     headline: str = "",
     attempts: Mapping[str, Sequence[Any]] = NO_ATTEMPTS,
     samples: Sequence[str] = (),
+    draw_plan: Callable[[Path], bool] | None = None,
 ) -> None:
-    """RUN/report.md and RUN/curves.png; `attempts` by the kind of problem, `samples` of text.
+    """RUN/report.md and RUN/curves.png; `attempts` by the kind of problem, `samples` of text. `draw_plan` saves a
+    picture, plan.png, and says whether there was anything to draw.
 
     Whatever goes wrong is a line on stderr: a run that has been trained does not fail for want of a report.
     """
     try:
         run = read_run(run_dir)
-        text = report_text(run, headline, attempts, samples, has_curves=save_curves(run))
+        has_plan = draw_plan is not None and draw_plan(run.path / "plan.png")
+        text = report_text(run, headline, attempts, samples, save_curves(run), has_plan)
         (run.path / "report.md").write_text(text, encoding="utf-8")
         print(f"report in {run.path / 'report.md'}")
     except Exception as error:  # a full disk, a file that somebody has moved, a broken package
@@ -53,6 +56,7 @@ def report_text(
     attempts: Mapping[str, Sequence[Any]],
     samples: Sequence[str],
     has_curves: bool,
+    has_plan: bool = False,
 ) -> str:
     """Markdown."""
     sections = [f"# {run.name}", headline, table([("", ""), *facts(run)])]
@@ -66,6 +70,8 @@ def report_text(
         solved = sum(attempt.correct for attempt in tried)
         lines = "\n".join(map(attempt_line, some_of(tried)))
         sections += [f"{kind}: {solved} of {len(tried)} solved", block(lines)]
+    if has_plan:
+        sections += ["## A plan", "![plan](plan.png)"]
     if samples:
         sections += ["## Samples", block(f"\n{'-' * 20}\n".join(samples))]
     sections += ["## Settings", block(json.dumps(run.config, indent=2))]

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +39,10 @@ from configurator import TrainConfig, load_with_files, pick, run_script, to_dict
 from dag_logger import DAGLogger
 from dag_model import GPT, GPTConfig
 from dag_statistics import Watch
+from diagnosis import writable
 from engine import generate
+from explain import explain
+from pictures import draw_dag
 from report import write_report
 
 ROOT = Path(__file__).parent
@@ -190,6 +194,17 @@ class Display:
 
 def share_solved(attempts: list[tasks.Attempt]) -> float:
     return sum(attempt.correct for attempt in attempts) / len(attempts)
+
+
+def draw_plan(model: GPT, tokenizer: tokenizers.Tokenizer, problems: list[tasks.Problem], path: Path) -> bool:
+    """A picture of the longest problem's plan; False where there is none."""
+    told = [problem for problem in problems if writable(tokenizer, problem.answer)]
+    problem = max(told, key=lambda problem: len(problem.prompt), default=tasks.Problem("", ""))
+    prompt, answer = tokenizer.encode(problem.prompt), tokenizer.encode(problem.answer)
+    thoughts = explain(model, tokenizer, prompt + answer, start=len(prompt)).thoughts
+    if thoughts:
+        draw_dag(thoughts, [tokenizer.decode([token]) for token in prompt + answer]).savefig(path)
+    return len(thoughts) > 0
 
 
 def show_problems(display: Display, attempts: list[tasks.Attempt], wrong: int = 2, right: int = 1) -> None:
@@ -489,8 +504,9 @@ def main() -> None:
             model.eval(), [[tokenizer.separator_id]], SAMPLE_TOKENS, temperature=0.8, seed=config.seed
         )
         headline = f"{plain}, {model.num_parameters() / 1e6:.2f} M parameters"
-        write_report(run_dir, headline, attempts_by_kind, [tokenizer.decode(sample[0])])
-        logger.log_pictures(iteration, {"curves": run_dir / "curves.png"})
+        drawn = partial(draw_plan, model, tokenizer, problems)
+        write_report(run_dir, headline, attempts_by_kind, [tokenizer.decode(sample[0])], drawn)
+        logger.log_pictures(iteration, {name: run_dir / f"{name}.png" for name in ("curves", "plan")})
     logger.finish()
     if writes:
         start = min((problem.prompt for problem in problems), key=len, default="")  # empty begins a document

@@ -32,6 +32,10 @@ for seed in ${SEEDS:-1 2 3}; do
             python ${arms[$arm]} --seed="$seed" --out_dir="$run"
             python evaluate.py --out_dir="$run" --suite=all --json="$run/scores.json"
         fi
+        if [ ! -f "$out/$arm.cost" ]; then
+            python bench.py --out_dir="$run" --steps=40 --decode_tokens=0 --json | tail -n 1 > "$out/$arm.cost.part"
+            mv "$out/$arm.cost.part" "$out/$arm.cost"
+        fi
         if [ "$arm" = default ] && [ ! -f "$run/scores_silent.json" ]; then
             python evaluate.py --out_dir="$run" --suite=all --silent=true --json="$run/scores_silent.json"
         fi

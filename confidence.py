@@ -18,6 +18,7 @@ from rich.segment import Segment
 from rich.style import Style
 
 from dag_model import GPT, DAGState, DenseState
+from engine import windows
 from tokenizer import Tokenizer
 
 LIKELIEST = 10  # tokens of a choice
@@ -31,7 +32,7 @@ class Choice:
     text: str
     probability: float  # the model's own, at temperature 1
     rank: int  # 1 is the likeliest token
-    gate: float  # how far the token is the DAG's: 0 where nothing was offered, and without a DAG
+    gate: float  # how far the token is the DAG's: 0 where nothing was offered, without a DAG; see has_gate
     likeliest: tuple[tuple[str, float], ...]  # LIKELIEST tokens with their probabilities, the likeliest first
 
 
@@ -42,15 +43,16 @@ def choices(model: GPT, tokenizer: Tokenizer, tokens: list[int], start: int = 1)
     """
     assert not model.training, "dropout would be on: call model.eval() first"
     assert start > 0, f"start is {start}; the first token has nothing before it"
-    size, told = model.config.block_size, []
-    begin, first = max(start - size, 0), start  # of the context; of the tokens that are chosen in it
-    while first < len(tokens):
-        end = min(begin + size, len(tokens) - 1)
-        idx = torch.tensor([tokens[begin:end]], device=model.lm_head.weight.device)
+    told = []
+    for begin, first, end in windows(len(tokens), model.config.block_size):
+        if end <= start:
+            continue
+        first = max(first, start)
+        idx = torch.tensor([tokens[begin : end - 1]], device=model.lm_head.weight.device)
         hidden, state = model.hidden_states(idx)
         log_p = F.log_softmax(model.lm_head(hidden[0, first - begin - 1 :]).float(), dim=-1)  # (T, V)
-        gates = gates_of(state, end - begin)[first - begin - 1 :]
-        chosen = torch.tensor(tokens[first : end + 1], device=idx.device)[:, None]
+        gates = gates_of(state, idx.size(1))[first - begin - 1 :]
+        chosen = torch.tensor(tokens[first:end], device=idx.device)[:, None]
         own = log_p.gather(1, chosen)
         ranks = (log_p > own).sum(1) + 1
         top, top_ids = log_p.topk(min(LIKELIEST, log_p.size(1)))
@@ -58,12 +60,15 @@ def choices(model: GPT, tokenizer: Tokenizer, tokens: list[int], start: int = 1)
         for token, p, rank, gate, odds, ids in zip(*(column.tolist() for column in columns)):
             likeliest = tuple((tokenizer.decode([id]), q) for id, q in zip(ids, odds))
             told.append(Choice(token, tokenizer.decode([token]), p, rank, gate, likeliest))
-        first, begin = end + 1, end + 1 - max(size // 2, 1)
     return told
 
 
+def has_gate(model: GPT) -> bool:
+    return model.dag is not None and (model.reads_numbers or model.config.dag_gate)
+
+
 def gates_of(state: DAGState | DenseState | None, length: int) -> torch.Tensor:
-    """(T,), 0 for a plain GPT"""
+    """(T,), 0 for a plain GPT, 1 for a DAG without a gate"""
     return torch.zeros(length) if state is None else state.gate[0, :, 0].float()
 
 

@@ -290,13 +290,22 @@ def figure(runs: Sequence[Run]) -> Any:
     for axes, panel in zip(figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid).flat, panels):
         draw_panel(axes, panel, step_limits(runs))
         if not several and len(panel.curves) > 1:
-            axes.legend(loc="upper left", bbox_to_anchor=(1, 1.04), fontsize=7, frameon=False, handlelength=3)
+            place = dict(loc="upper left", bbox_to_anchor=(1, 1.04))
+            legend = axes.legend(fontsize=7, frameon=False, handlelength=3, **place)
+            show_as_it_is(legend)
     for axes in figure.axes[len(panels) :]:
         axes.remove()
     styles = [dict(color=colour_of(i), linestyle=dash_of(i) if several else "none") for i in range(len(runs))]
     lines = [Line2D([], [], **style) for style in styles]
-    figure.legend(lines, names, loc="upper center", ncols=names_in_line, frameon=False, fontsize=9)
+    show_as_it_is(
+        figure.legend(lines, names, loc="upper center", ncols=names_in_line, frameon=False, fontsize=9)
+    )
     return figure
+
+
+def show_as_it_is(legend: Any) -> None:
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a `$` in a name begins no formula
 
 
 def draw_panel(axes: Any, panel: Panel, steps: tuple[float, float]) -> None:
@@ -311,7 +320,7 @@ def draw_panel(axes: Any, panel: Panel, steps: tuple[float, float]) -> None:
         if len(curve.gaps):
             at_bottom = dict(color=look["color"], transform=axes.get_xaxis_transform())
             axes.plot(curve.gaps, np.full(len(curve.gaps), 0.04), "x", **at_bottom)
-    axes.set_title(panel.title, loc="left", fontsize=9)
+    axes.set_title(panel.title, loc="left", fontsize=9, parse_math=False)  # it may be a prompt with a `$`
     axes.set_yscale("log" if panel.is_logarithmic else "linear")
     axes.set_ylim(panel.limits)
     axes.set_xlim(steps)

@@ -196,7 +196,9 @@ class DAGLogger:
 def plan_of(model: GPT, tokenizer: Tokenizer, attempt: Attempt) -> str:
     """The plan of an attempt's first number, as text; empty where there is none."""
     prompt = encode(tokenizer, attempt.prompt)
-    thoughts = explain(model, tokenizer, [*prompt, *attempt.tokens], start=len(prompt)).thoughts
+    thoughts = explain(
+        model, tokenizer, [*prompt, *attempt.tokens], start=len(prompt), alternatives=0
+    ).thoughts
     return thoughts[0].expression if thoughts else ""
 
 

@@ -147,8 +147,8 @@ class DifferentiableDAG(nn.Module):
         """
         wanted = self.wanted(hidden).float().squeeze(-1)  # (B, T) logits
         open_ = torch.sigmoid(wanted.detach())
-        bars = documents.fraction_bars(idx, numerals.offset, self.lexer.char_ids.get("/", -1))
-        here, following = numerals.may_open & numerals.visible[..., 0] & ~bars, None
+        bars = documents.fraction_bars(self.lexer, idx, numerals)
+        here, following = documents.may_compute(self.lexer, idx, numerals), None
         if not self.training:
             here = here & (open_ > SHUT)
         elif targets is not None:

@@ -22,11 +22,13 @@ import torch
 
 import documents
 import exact
+from confidence import has_gate
 from dag_model import GPT, DAGState, DenseState, DifferentiableDAG
 from diagnosis import writable
 from explain import explain
 from numerals import Lexer
 from plan_search import Plans
+from readout import NOTHING
 from tasks import Problem, encode
 from tokenizer import Tokenizer
 
@@ -57,14 +59,14 @@ class Watch:
     @classmethod
     def of(cls, model: GPT, tokenizer: Tokenizer, idx, targets, problems: list[Problem] = ()) -> "Watch":
         """The shortest of the problems are the probes."""
-        separator_id = model.config.separator_id
-        lexer = Lexer(tokenizer.vocabulary, separator_id, 1, model.config.dag_thousands).to(idx.device)
-        following, numerals = documents.following(lexer, idx, targets, separator_id), lexer(idx)
-        bars = documents.fraction_bars(idx, numerals.offset, lexer.char_ids.get("/", -1))
-        on_numbers = following.opens & numerals.visible[..., 0] & ~bars
+        separator_id, text = model.config.separator_id, idx.cpu()  # not every device has float64
+        lexer = Lexer(tokenizer.vocabulary, separator_id, 1, model.config.dag_thousands)
+        following, numerals = documents.following(lexer, text, targets.cpu(), separator_id), lexer(text)
+        on_numbers = following.opens & documents.may_compute(lexer, text, numerals)
         elsewhere = ~following.opens & (numerals.offset == 0)
         probes = [problem for problem in problems if writable(tokenizer, problem.answer)]
         probes = tuple(sorted(probes, key=lambda problem: len(problem.prompt))[:PROBES])
+        on_numbers, elsewhere = on_numbers.to(idx.device), elsewhere.to(idx.device)
         return cls(tokenizer, idx, targets, on_numbers, elsewhere, probes)
 
 
@@ -113,7 +115,7 @@ def observe(model: GPT, watch: Watch) -> Tensors:
     with in_mode(model, training=False), recorded(model.dag) as record:
         model.inspect(watch.idx)
     return (
-        gate_statistics(record.state.gate.squeeze(-1), watch)
+        (gate_statistics(record.state.gate.squeeze(-1), watch) if has_gate(model) else {})
         | norm_statistics(record)
         | (plan_statistics if model.reads_numbers else dense_statistics)(record.state, model.dag)
         | gradients
@@ -152,16 +154,18 @@ def gate_statistics(gate: torch.Tensor, watch: Watch) -> Tensors:
 
 def norm_statistics(record: Record) -> Tensors:
     """Mean lengths: of hidden states before and behind the DAG, of the vectors that the DAG would put in
-    their place or on top of them, before the gate, and of what the DAG changes. `dag_ratio` is dag_norm /
-    hidden_norm.
+    their place or on top of them, before the gate (those of offered digits are as long as dag_scale), and of
+    what the DAG changes. `dag_ratio` is dag_norm / hidden_norm. Where nothing is offered does not count.
     """
 
     def length(vectors):
         return vectors.detach().float().norm(dim=-1).mean()
 
-    hidden, dag = length(record.hidden), length(record.state.folded)
-    change = length(record.mixed.float() - record.hidden.float())
-    mixed = length(record.mixed)
+    before, behind = record.hidden.float(), record.mixed.float()
+    if isinstance(record.state, DAGState):
+        offered = record.state.offers.symbol != NOTHING
+        before, behind = before[offered], behind[offered]
+    hidden, dag, mixed, change = map(length, (before, record.state.folded, behind, behind - before))
     return dict(
         hidden_norm=hidden, dag_norm=dag, mixed_norm=mixed, change_norm=change, dag_ratio=dag / hidden
     )
@@ -258,14 +262,13 @@ def entropy(weights: torch.Tensor) -> torch.Tensor:
 
 
 def hit_statistics(hits: Counter) -> dict[str, float]:
-    """Of the numbers that the planner learned from, those with others before them in their document: how many
-    the model's own plan computes; of those it does not and that were searched for, how many had
-    an explanation found; how many were explained in the end, and by how many plans each.
+    """Of the numbers that the planner learned from, those with others before them in their document: how many the
+    model's own plan explains; of those that were searched for, how many had any explanation found; how many were
+    explained in the end, and by how many plans each.
     """
-    others = max(hits["explained"] - hits["own"], 0)
     parts = {
-        "own_plan_computes": (hits["own"], hits["numbers"]),
-        "search_found": (others, hits["searched"]),
+        "own_plan_explains": (hits["own"], hits["numbers"]),
+        "search_found": (hits["found"], hits["searched"]),
         "explained": (hits["explained"], hits["numbers"]),
         "hits_per_number": (hits["plans"], hits["explained"]),
     }

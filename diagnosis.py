@@ -28,7 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+import documents
 import exact
+from confidence import has_gate
 from dag_model import GPT, DAGState, DenseState, DifferentiableDAG
 from explain import plan_text, steps_of
 from numerals import Lexer, Reader
@@ -61,10 +63,10 @@ def gates_at_answers(
 def gates_at_numbers(
     model: GPT, tokenizer: Tokenizer, problems: list[Problem], batch_size: int = 64
 ) -> list[bool]:
-    """The same for every number, of prompts and answers, that has others before it in its line."""
+    """The same for every number, of prompts and answers, that could be computed from others in its line."""
     flags = []
-    for _, is_open, opens, has_earlier in read_lines(model, tokenizer, problems, batch_size):
-        flags += is_open[opens & has_earlier].tolist()
+    for _, is_open, opens, computes in read_lines(model, tokenizer, problems, batch_size):
+        flags += is_open[opens & computes].tolist()
     return flags
 
 
@@ -72,8 +74,8 @@ def read_lines(
     model: GPT, tokenizer: Tokenizer, problems: list[Problem], batch_size: int
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Of lines in batches: where the prompts end; and bool, (B, T) each: whether the gate is open, whether a
-    number follows, and whether there are numbers before that one. Nothing for a model without gate."""
-    if model.dag is None or not (model.reads_numbers or model.config.dag_gate):
+    number follows, and whether one could be computed there. Nothing for a model without gate."""
+    if not has_gate(model):
         return
     separator_id = tokenizer.separator_id
     thousands = model.config.dag_thousands
@@ -84,7 +86,7 @@ def read_lines(
         idx, state = inspect(model, tokenizer, [prompt + answer for prompt, answer in zip(prompts, answers)])
         opens = lexer.following(F.pad(idx, (0, 1), value=separator_id)).opens
         ends = [len(prompt) - 1 for prompt in prompts]
-        yield ends, state.gate[..., 0] > OPEN, opens, lexer(idx).visible[..., 0]
+        yield ends, state.gate[..., 0] > OPEN, opens, documents.may_compute(lexer, idx, lexer(idx))
 
 
 def writable(tokenizer: Tokenizer, answer: str) -> list[int]:
@@ -187,7 +189,7 @@ def run_again(
     steps = steps_of(dag, state.plans, n)
     slots = numbers + [None] * (dag.planner.num_inputs - len(numbers))
     slots += exact.run(steps, slots, dag.digits, dag.operations)
-    return slots[-1], plan_text(steps, slots, dag.names, state.written[n])
+    return slots[-1], plan_text(dag, steps, slots, state.written[n])
 
 
 def reader_after(dag: DifferentiableDAG, tokens: list[int]) -> Reader:

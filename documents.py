@@ -54,9 +54,16 @@ def fade_of(depth: torch.Tensor) -> torch.Tensor:
     return (NEAR + 1 - depth).clamp(max=0) * FADE
 
 
-def fraction_bars(idx: torch.Tensor, offset: torch.Tensor, slash_id: int) -> torch.Tensor:
+def fraction_bars(lexer: Lexer, idx: torch.Tensor, numerals: Numerals) -> torch.Tensor:
     """(B, T) bool: the bar of "3/4", directly behind a number."""
-    return (idx == slash_id) & (F.pad(offset[:, :-1], (1, 0)) > 0)
+    return (idx == lexer.char_ids.get("/", -1)) & (F.pad(numerals.offset[:, :-1], (1, 0)) > 0)
+
+
+def may_compute(lexer: Lexer, idx: torch.Tensor, numerals: Numerals) -> torch.Tensor:
+    """(B, T) bool: whether a number may open next, and there are numbers to compute it from. Not behind the bar
+    of "3/4": what computes a fraction stands before it.
+    """
+    return numerals.may_open & numerals.visible[..., 0] & ~fraction_bars(lexer, idx, numerals)
 
 
 def following(lexer: Lexer, idx, targets, separator_id: int) -> Following:
@@ -105,9 +112,7 @@ class Row:
 
     @property
     def may_compute(self) -> bool:
-        """Whether a number may open next, and there are numbers to compute it from. Not behind the bar of "3/4": what
-        computes a fraction stands before it.
-        """
+        """As the function of this name, of the newest token."""
         return self.reader.may_open and len(self.reader.numbers) > 0 and not self.at_bar
 
 

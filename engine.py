@@ -8,12 +8,13 @@
 - the host waits for the device once a token, at the place marked below
 
 Window rule: a row that has outgrown the model's block_size goes on from its last block_size // 2 tokens.
-They get new positions, so they are read again; that happens once in block_size // 2 tokens.
+They get new positions, so they are read again; that happens once in block_size // 2 tokens. `windows` says
+in which context each token of a text was written.
 
 Sources: nucleus sampling, Holtzman et al. 2019 (1904.09751); engine of https://github.com/karpathy/nanochat
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -63,7 +64,7 @@ def generate(
             rows = sorted(running)  # the batch until the next time here; rows that end meanwhile idle
             for row in rows:
                 if len(contexts[row]) > block_size:
-                    contexts[row] = contexts[row][-max(block_size // 2, 1) :]
+                    contexts[row] = contexts[row][-kept(block_size) :]
             cache = Cache(len(rows), block_size, device) if cached else None
             logits = read(model, [contexts[row] for row in rows], cache)
             draws = uniform[rows]
@@ -77,6 +78,22 @@ def generate(
             if told_to or any(written[row][-len(ending) :] == ending for ending in endings):
                 running.remove(row)
     return written
+
+
+def windows(length: int, block_size: int) -> Iterator[tuple[int, int, int]]:
+    """The contexts in which a text of `length` tokens was written, as (begin, first, end): token t, of those
+    from `first` to end - 1, was chosen after tokens[begin:t]. They do not depend on where the prompt ended.
+    """
+    begin, first = 0, 1
+    while first < length:
+        end = min(begin + block_size + 1, length)
+        yield begin, first, end
+        begin, first = end - kept(block_size), end
+
+
+def kept(block_size: int) -> int:
+    """Tokens of a row that has outgrown its context from which it goes on."""
+    return max(block_size // 2, 1)
 
 
 def check(prompts, block_size, max_new_tokens, temperature, top_k, top_p) -> None:

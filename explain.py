@@ -13,18 +13,23 @@ With soft plans an expression shows the likeliest choices, while what is written
 Legend: K inputs, D steps, S = K + D slots, O operations, W plans in a beam.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+import documents
 import exact
 from confidence import gates_of
 from dag_model import GPT, DAGState, DifferentiableDAG
+from engine import windows
 from exact import OPERATIONS
+from numerals import Numerals
 from plan_search import Plans
-from planner import DAGPlanPredictor, Sight
+from planner import DAGPlanPredictor
 from tokenizer import Tokenizer
 
 ALTERNATIVES = 3
@@ -88,93 +93,131 @@ class Unplanned:
 
 @dataclass(frozen=True)
 class Look:
-    begin: int  # the first token looked at: a text longer than the context has lost its beginning
-    gates: tuple[float, ...]  # of every token from there on: how far what follows it is what the DAG offers
+    gates: tuple[float, ...]  # of every token: how far what follows it is what the DAG offers
     thoughts: tuple[Thought, ...]
     unplanned: tuple[Unplanned, ...]
 
 
+class Window(NamedTuple):
+    """A context that tokens were written in, as the DAG read it."""
+
+    begin: int  # its first token
+    tokens: list[int]
+    numerals: Numerals
+    computes: list[bool]  # whether a plan may be made behind each of the tokens
+    state: DAGState
+
+
 @torch.inference_mode()
-def explain(model: GPT, tokenizer: Tokenizer, tokens: list[int], start: int = 0) -> Look:
-    """Of the numbers that end at token `start` or later. None without a DAG over the numbers of the text."""
+def explain(
+    model: GPT, tokenizer: Tokenizer, tokens: list[int], start: int = 0, alternatives: int = ALTERNATIVES
+) -> Look:
+    """Of the numbers that end at token `start` or later, in the contexts that engine.generate writes them in;
+    with so many alternatives at most, of which none is the fastest. Without a DAG over numbers gates alone.
+    """
     assert not model.training, "plans are those of a model in eval mode: call model.eval() first"
-    begin = max(len(tokens) - model.config.block_size, 0)
-    ids = tokens[begin:]
-    if not ids:
-        return Look(begin, (), (), ())
-    idx = torch.tensor([ids], device=model.lm_head.weight.device)
-    state = model.inspect(idx)
-    gates = tuple(gates_of(state, len(ids)).tolist())
-    if not model.reads_numbers:
-        return Look(begin, gates, (), ())
-    dag, numerals = model.dag, model.dag.lexer(idx)
-    visible = numerals.visible[0, :, 0].tolist()
-    plan_at = {position: n for n, position in enumerate(state.position.tolist())}
-    thoughts, unplanned = [], []
-    for first, last in spans_of_numbers(dag, ids, numerals.offset[0].tolist()):
-        if begin + last < start:
+    device, dag = model.lm_head.weight.device, model.dag
+    numbers = deque(spans_of_numbers(dag, tokens) if model.reads_numbers and tokens else ())
+    gates, thoughts, unplanned = [], [], []
+    for begin, first, end in windows(len(tokens) + 1, model.config.block_size):
+        context = tokens[begin : end - 1]
+        idx = torch.tensor([context], device=device)
+        state = model.inspect(idx)
+        gates += gates_of(state, len(context))[first - begin - 1 :].tolist()
+        if not model.reads_numbers:
             continue
-        text = tokenizer.decode(ids[first : last + 1])
-        n = plan_at.get(first - 1)
-        if n is None:
-            reason = "the gate was shut" if first > 0 and visible[first - 1] else "no number before it"
-            unplanned.append(Unplanned(begin + first, begin + last, text, reason))
-            continue
-        spans = torch.stack([numerals.first, numerals.last], dim=-1)[0, first - 1].tolist()
-        numbers = numbers_of(dag, state, n, ids, spans)
-        steps = steps_of(dag, state.plans, n)
-        results = exact.run(steps, numbers, dag.digits, dag.operations)
-        expression = plan_text(steps, numbers + results, dag.names, state.written[n])
-        inputs = tuple(
-            Number(slot, value_text(value), begin + span[0], begin + span[1])
-            for slot, (value, span) in enumerate(zip(numbers, spans))
-            if value is not None
-        )
-        thoughts.append(
-            Thought(
-                position=begin + first - 1,
-                first=begin + first,
-                last=begin + last,
-                text=text,
-                expression=expression,
-                written=state.written[n],
-                followed=ids[first : last + 1] == state.symbols[n][:-1],
-                format=exact.FORMATS[int(state.format[n])],
-                probability=float(state.log_probability[n].exp()),
-                gate=gates[first - 1],
-                inputs=inputs,
-                steps=steps_with_odds(dag, state, n, results),
-                result=last_slot(steps, dag.planner.num_inputs, dag.names),
-                alternatives=alternatives(dag, state, n, numbers, expression),
-            )
-        )
-    return Look(begin, gates, tuple(thoughts), tuple(unplanned))
+        numerals = dag.lexer(idx)
+        computes = documents.may_compute(dag.lexer, idx, numerals)[0].tolist()
+        window = Window(begin, context, numerals, computes, state)
+        while numbers and numbers[0][0] < end:
+            span = numbers.popleft()
+            if span[1] >= start:
+                told = tell(dag, tokenizer, tokens, window, *span, alternatives)
+                (thoughts if isinstance(told, Thought) else unplanned).append(told)
+    return Look(tuple(gates), tuple(thoughts), tuple(unplanned))
 
 
-def spans_of_numbers(dag: DifferentiableDAG, ids: list[int], offset: list[int]) -> Iterator[tuple[int, int]]:
+def tell(
+    dag: DifferentiableDAG,
+    tokenizer: Tokenizer,
+    tokens: list[int],
+    window: Window,
+    first: int,
+    last: int,
+    alternatives: int,
+) -> Thought | Unplanned:
+    """Of the number at tokens `first` to `last`, which was begun in this window."""
+    begin, state, position = window.begin, window.state, first - window.begin - 1
+    text = tokenizer.decode(tokens[first : last + 1])
+    made = (state.position == position).nonzero().flatten()  # one at most
+    if len(made) == 0:
+        return Unplanned(first, last, text, reason(window, position))
+    n, plan, sight = int(made), Plans(*(part[made] for part in state.plans)), state.sight[made]
+    known = None if dag.mixes else (*dag.planner.read(sight.hidden, sight.readers), sight.inputs)
+    columns = window.numerals.first, window.numerals.last
+    spans = torch.stack(columns, dim=-1)[0, position].tolist()
+    numbers = numbers_of(dag, state, n, window.tokens, spans)
+    steps = steps_of(dag, plan, 0)
+    results = exact.run(steps, numbers, dag.digits, dag.operations)
+    expression = plan_text(dag, steps, numbers + results, state.written[n])
+    inputs = tuple(
+        Number(slot, value_text(value, dag.digits), begin + span[0], begin + span[1])
+        for slot, (value, span) in enumerate(zip(numbers, spans))
+        if value is not None
+    )
+    return Thought(
+        position=first - 1,
+        first=first,
+        last=last,
+        text=text,
+        expression=expression,
+        written=state.written[n],
+        followed=tokens[first : last + 1] == state.symbols[n][:-1],
+        format=exact.FORMATS[int(state.format[n])],
+        probability=float(state.log_probability[n].exp()),
+        gate=float(state.gate[0, position, 0]),
+        inputs=inputs,
+        steps=steps_with_odds(dag, plan, known, steps, results),
+        result=last_slot(steps, dag.planner.num_inputs, dag.names),
+        alternatives=other_plans(dag, known, numbers, expression, alternatives),
+    )
+
+
+def reason(window: Window, position: int) -> str:
+    """Why nothing was planned there."""
+    if position < 0 or not window.numerals.visible[0, position, 0]:
+        return "no number before it"
+    return "the gate was shut" if window.computes[position] else "it is behind a sign or a bar"
+
+
+def spans_of_numbers(dag: DifferentiableDAG, tokens: list[int]) -> Iterator[tuple[int, int]]:
     """First and last token of every number that the text goes on with."""
+    device = dag.lexer.table.device
+    offset = dag.lexer(torch.tensor([tokens], device=device)).offset[0].tolist()
     first = 0
-    while first < len(ids):
-        last = last_of_number(dag, ids, offset, first)
+    while first < len(tokens):
+        end = end_of_number(dag, tokens, offset, first)
+        last = end - 1
+        while last >= first and not is_digit(dag, tokens, last):  # a point or a sign that nothing followed
+            last -= 1
         if last >= first:
             yield first, last
-        first = max(first, last) + 1
+        first = max(first + 1, end)
 
 
-def last_of_number(dag: DifferentiableDAG, ids: list[int], offset: list[int], first: int) -> int:
-    """The last token of the number that opens at `first`, a fraction's denominator included; below it for none."""
-    last = first - 1
-    while last + 1 < len(ids) and (
-        offset[last + 1] > 0 or last >= first and is_bar(dag, ids, offset, last + 1)
-    ):
-        last += 1
-    while last >= first and dag.lexer.lexemes[ids[last]].digit < 0:  # a point or a bar that nothing followed
-        last -= 1
-    return last
+def end_of_number(dag: DifferentiableDAG, tokens: list[int], offset: list[int], first: int) -> int:
+    """Behind the number that opens at `first`, the denominator of a fraction included; `first` for none."""
+    end = first
+    while end < len(tokens) and (end == first or offset[end] > 1) and offset[end] > 0:
+        end += 1
+    is_bar = first < end < len(tokens) - 1 and dag.lexer.lexemes[tokens[end]].slash
+    if is_bar and offset[end + 1] == 1 and is_digit(dag, tokens, end + 1):
+        return end_of_number(dag, tokens, offset, end + 1)
+    return end
 
 
-def is_bar(dag: DifferentiableDAG, ids: list[int], offset: list[int], t: int) -> bool:
-    return dag.lexer.lexemes[ids[t]].slash and t + 1 < len(ids) and offset[t + 1] > 0
+def is_digit(dag: DifferentiableDAG, tokens: list[int], t: int) -> bool:
+    return dag.lexer.lexemes[tokens[t]].digit >= 0
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -205,10 +248,12 @@ def numbers_of(dag: DifferentiableDAG, state: DAGState, n: int, ids: list[int], 
     ]
 
 
-def plan_text(steps: list, slots: list[exact.Rational | None], names: list[str], written: str | None) -> str:
+def plan_text(
+    dag: DifferentiableDAG, steps: list, slots: list[exact.Rational | None], written: str | None
+) -> str:
     """A plan over the values of its slots, such as 12 + (7 * 3 = 21) = 33."""
-    K = len(slots) - len(steps)
-    values = [value_text(value) for value in slots]
+    K, names = dag.planner.num_inputs, dag.names
+    values = [value_text(value, dag.digits) for value in slots]
 
     def formula(slot: int) -> str:
         operation, a, b = steps[slot - K]
@@ -232,24 +277,25 @@ def last_slot(steps: list, K: int, names: list[str]) -> int:
     return last
 
 
-def value_text(value: exact.Rational | None) -> str:
+def value_text(value: exact.Rational | None, digits: int) -> str:
+    """As a decimal where that ends within so many digits, or DIGITS, as numbers of the text may be longer."""
     if value is None:
         return "nothing"
-    return exact.write(value, "exact") or exact.write(value, "fraction")
+    return exact.write(value, "exact", max(digits, exact.DIGITS)) or exact.write(value, "fraction")
 
 
 # ----------------------------------------------------------------------------------------------------
 # What else was considered
 
 
-def steps_with_odds(dag: DifferentiableDAG, state: DAGState, n: int, results: list) -> tuple[Step, ...]:
-    """The steps of plan n up to its result, each with what its choices were made from."""
-    K, steps = dag.planner.num_inputs, steps_of(dag, state.plans, n)
-    log_p = None
-    if isinstance(dag.planner, DAGPlanPredictor):
-        sight = state.sight[torch.tensor([n], device=state.row.device)]
-        known = *dag.planner.read(sight.hidden, sight.readers), sight.inputs
-        log_p = dag.planner.choices(*known, Plans(*(part[n : n + 1] for part in state.plans)))
+def steps_with_odds(
+    dag: DifferentiableDAG, plan: Plans, known: tuple | None, steps: list, results: list
+) -> tuple[Step, ...]:
+    """The steps of a plan (1, D) up to its result, each with what its choices were made from. `known` is what
+    the planner has read, None of one that mixes.
+    """
+    K = dag.planner.num_inputs
+    log_p = None if known is None else dag.planner.choices(*known, plan)
     told = []
     for s in range(last_slot(steps, K, dag.names) - K + 1):
         operation, *operands = steps[s]
@@ -259,9 +305,9 @@ def steps_with_odds(dag: DifferentiableDAG, state: DAGState, n: int, results: li
         if log_p is not None:
             odds_of_operation = dict(zip(dag.names, log_p[0][0, s].exp().tolist()))
             odds_of_operands = [visible_odds(log_p[1 + i][0, s]) for i in range(len(operands))]
-            if operands[0] != int(state.plans.operand1[n, s]):
+            if operands[0] != int(plan.operand1[0, s]):
                 odds_of_operands.reverse()  # they were chosen in the other order
-        value = None if results[s] is None else value_text(results[s])
+        value = None if results[s] is None else value_text(results[s], dag.digits)
         told.append(Step(K + s, name, tuple(operands), value, odds_of_operation, tuple(odds_of_operands)))
     return tuple(told)
 
@@ -270,34 +316,32 @@ def visible_odds(log_p: torch.Tensor) -> dict[int, float]:
     return {slot: p for slot, p in enumerate(log_p.exp().tolist()) if p > 0}
 
 
-def alternatives(
-    dag: DifferentiableDAG, state: DAGState, n: int, numbers: list, expression: str
+def other_plans(
+    dag: DifferentiableDAG, known: tuple | None, numbers: list, expression: str, count: int
 ) -> tuple[Candidate, ...]:
-    """The likeliest plans beside plan n that read otherwise, at most ALTERNATIVES."""
-    if not isinstance(dag.planner, DAGPlanPredictor):
+    """The likeliest plans that read otherwise than `expression`, at most `count`."""
+    if known is None or count == 0:
         return ()
-    sight = state.sight[torch.tensor([n], device=state.row.device)]
-    plans, log_p, format = likeliest(dag.planner, sight, 2 * ALTERNATIVES)
+    plans, log_p, format = likeliest(dag.planner, *known, 1 + count)  # the plan made is among them
     found = {}
     for row, (form, p) in enumerate(zip(format.tolist(), log_p.exp().tolist())):
         steps = steps_of(dag, plans, row)
         results = exact.run(steps, numbers, dag.digits, dag.operations)
         written = dag.write(results[-1], form)
-        text = plan_text(steps, numbers + results, dag.names, written)
+        text = plan_text(dag, steps, numbers + results, written)
         if text != expression:
             found.setdefault(text, Candidate(text, written, p))
-    return tuple(found.values())[:ALTERNATIVES]
+    return tuple(found.values())[:count]
 
 
 def likeliest(
-    planner: DAGPlanPredictor, sight: Sight, width: int
+    planner: DAGPlanPredictor, context: torch.Tensor, keys: torch.Tensor, inputs: torch.Tensor, width: int
 ) -> tuple[Plans, torch.Tensor, torch.Tensor]:
     """Beam search over the plans that one number's planner could make, the likeliest first: W plans (W, D), their
     log-probability with their likeliest format (W,), that format (W,).
     """
     D, K, O = planner.depth, planner.num_inputs, len(planner.binary)
-    context, keys = planner.read(sight.hidden, sight.readers)
-    S, visible = keys.size(1), planner.visible(sight.inputs)[0]  # (D, S)
+    S, visible = keys.size(1), planner.visible(inputs)[0]  # (D, S)
     x, log_p, going = context, context.new_zeros(1), torch.ones(1, dtype=torch.bool, device=context.device)
     plans = torch.zeros(1, 0, 3, dtype=torch.long, device=context.device)
     operations, slots = torch.arange(O, device=x.device), torch.arange(S, device=x.device)

@@ -15,11 +15,13 @@ from collections import Counter
 import torch
 import torch.nn as nn
 
+from exact import FORMATS
 from numerals import Following
 from plan_search import MAX_HITS, PlanBank, Plans, Target, logsumexp_by_group, run
 from planner import DAGPlanPredictor, Sight
 
-STRICT = 0.25  # odds that copies do not explain a number which is also the larger or smaller of some
+STRICT = 0.25  # odds that only the best of explanations that are always right together counts
+EXACT = FORMATS.index("exact")
 DRAWS, EXPLORE = 64, 0.1  # plans drawn for a number that is not explained, and the odds of a choice at random
 
 
@@ -48,7 +50,8 @@ class PlanLoss(nn.Module):
         """
         plans, values = planner.canonical(plans), sight.values.detach()
         result = run(plans, values, self.names)
-        computed = target.matches(result) & (planner.comparisons(plans) < 0)
+        matched = target.matches(result)
+        computed = matched & (planner.comparisons(plans) < 0)
         own = computed.nonzero().squeeze(1)
         missed = (~computed & (torch.rand_like(odds) < odds)).nonzero().squeeze(1)
         missed = missed[torch.randperm(len(missed), device=missed.device)]
@@ -61,11 +64,15 @@ class PlanLoss(nn.Module):
         right = target[n].formats(torch.cat([result[own], found_results]))  # (H, F)
         written = right.any(-1)
         n, hits, right = n[written], hits[written], right[written]
-        counts = compared_enough(planner.comparisons(hits), n, len(values))
+        is_strict = torch.rand_like(odds) < STRICT
+        counts = compared_enough(planner.comparisons(hits), n, is_strict)
         n, hits, right = n[counts], hits[counts], right[counts]
+        right = not_rounded(right, is_strict[n])
         numbers, group = n.unique(return_inverse=True)
-        counted = dict(own=len(own), searched=len(missed), explained=len(numbers), plans=len(n))
-        self.hits.update(numbers=len(odds), **counted)
+        counted = dict(searched=len(missed), found=len(found.unique()), explained=len(numbers), plans=len(n))
+        self.hits.update(
+            numbers=len(odds), own=int(matched.sum()), **counted
+        )  # the host waits for the device
         if len(n) == 0:  # every parameter takes part in every step, or distributed training would wait
             return 0.0 * sum(parameter.sum() for parameter in planner.parameters())
         sight = sight[numbers]
@@ -88,13 +95,21 @@ class PlanLoss(nn.Module):
         return number, plans, run(plans, values[number], self.names)
 
 
-def compared_enough(compared: torch.Tensor, n: torch.Tensor, count: int) -> torch.Tensor:
-    """Which hits (H,) of `count` numbers `n` are to count. Of those that copy or compare alone, at times only those
-    that compare the most; `compared` is planner.comparisons of them.
+def compared_enough(compared: torch.Tensor, n: torch.Tensor, is_strict: torch.Tensor) -> torch.Tensor:
+    """Which hits (H,) of numbers `n` are to count. Of those that copy or compare alone, only those that compare the
+    most where their number is_strict (N,); `compared` is planner.comparisons of them.
 
     max(a, b) is always also a copy of a or of b, and max(a, max(b, c)) that of two of them. Trunks soon learn to
     compare short numbers and to say which, and nothing would be left for `max` to explain.
     """
-    most = compared.new_zeros(count).scatter_reduce(0, n, compared, "amax")
-    is_strict = torch.rand(count, device=n.device) < STRICT
+    most = torch.zeros_like(is_strict, dtype=compared.dtype).scatter_reduce(0, n, compared, "amax")
     return (compared < 0) | (compared == most[n]) | ~is_strict[n]
+
+
+def not_rounded(right: torch.Tensor, is_strict: torch.Tensor) -> torch.Tensor:
+    """Formats (H, F) that are right for hits, without those that round where the exact one is right and a hit is_strict
+    (H,): sums of six digits are the same to 8 digits, to 12 and exactly, and those of twenty are not.
+    """
+    only_exact = torch.zeros_like(right)
+    only_exact[:, EXACT] = True
+    return right & (only_exact | ~(is_strict & right[:, EXACT])[:, None])

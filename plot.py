@@ -11,6 +11,7 @@ Curves of more than BINS points are thinned: their mean, in a band from the smal
 
 import html
 import json
+import os
 import string
 import sys
 from dataclasses import dataclass
@@ -111,7 +112,9 @@ for (const box of document.querySelectorAll("input"))
 @dataclass(frozen=True)
 class PlotConfig:
     out: str = setting(
-        "", "where to, without the ending; empty is RUN/plots, or comparison beside the first run"
+        "",
+        "where to, without the ending, or a folder with / at its end; empty is RUN/plots, or comparison "
+        "beside the first run",
     )
 
 
@@ -122,7 +125,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     """
     if not paths:
         raise ValueError("which runs? name their folders: python plot.py RUN [RUN ...]")
-    folders = [Path(path) for path in dict.fromkeys(paths)]
+    folders = list({Path(path).resolve(): Path(path) for path in paths}.values())
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder: name run folders, as in out/train_default-001")
@@ -233,6 +236,16 @@ def html_table(rows: list[list[str]]) -> str:
 # the script
 
 
+def stem_of(out: str, runs: Sequence[Run]) -> str:
+    """Where to, without the ending: a folder gets the file name that it would have beside the runs."""
+    first, alone = runs[0].path, len(runs) == 1
+    stem = out.removesuffix(".png").removesuffix(".html")
+    if os.path.basename(stem).strip("."):
+        return stem
+    folder = Path(stem) if stem else first if alone else first.resolve().parent
+    return str(folder / ("plots" if alone else "comparison"))
+
+
 def write_picture(path: Path, runs: Sequence[Run]) -> None:
     figure(runs).savefig(path)
 
@@ -250,11 +263,9 @@ def main() -> None:
     if rows := settings_table(runs):
         print(aligned(rows), end="\n\n")
 
-    first = runs[0].path
-    stem = config.out or str(first / "plots" if len(runs) == 1 else first.resolve().parent / "comparison")
     written = 0
     for ending, write in {".png": write_picture, ".html": write_page}.items():
-        path = Path(stem.removesuffix(".png").removesuffix(".html") + ending)
+        path = Path(stem_of(config.out, runs) + ending)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write(path, runs)

@@ -3,12 +3,13 @@
     write_report("out/train_default-001", "GPT with a DAG of depth 4", attempts_by_kind, samples)
 
 It is made of the files of the run; curves.png is beside it. Attempts are tasks.Attempt, or whatever else has
-prompt, output, answer and correct.
+prompt, output, answer and correct; train.py shows them in the same words while it trains.
 """
 
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
@@ -26,27 +27,34 @@ def write_report(
     samples: Sequence[str] = (),
     draw_plan: Callable[[Path], bool] | None = None,
 ) -> None:
-    """RUN/report.md and RUN/curves.png; `attempts` by the kind of problem, `samples` of text. `draw_plan` saves a
-    picture, plan.png, and says whether there was anything to draw.
+    """RUN/report.md and RUN/curves.png; `attempts` by the kind of problem, `samples` of text. `draw_plan` saves
+    a picture, plan.png, and says whether there was anything to draw.
 
     Whatever goes wrong is a line on stderr: a run that has been trained does not fail for want of a report.
     """
     try:
         run = read_run(run_dir)
-        has_plan = draw_plan is not None and draw_plan(run.path / "plan.png")
-        text = report_text(run, headline, attempts, samples, save_curves(run), has_plan)
+        has_curves = save_picture(run.path / "curves.png", partial(save_curves, run))
+        has_plan = draw_plan is not None and save_picture(run.path / "plan.png", draw_plan)
+        text = report_text(run, headline, attempts, samples, has_curves, has_plan)
         (run.path / "report.md").write_text(text, encoding="utf-8")
         print(f"report in {run.path / 'report.md'}")
     except Exception as error:  # a full disk, a file that somebody has moved, a broken package
         print(f"no report of {run_dir}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def save_curves(run: Run) -> bool:
+def save_picture(path: Path, save: Callable[[Path], bool]) -> bool:
+    """Whether there is one: what goes wrong costs this picture alone, and a line on stderr."""
     try:
-        figure([run]).savefig(run.path / "curves.png")
-    except ImportError as error:
-        print(f"no curves in the report: {error}; pip install matplotlib", file=sys.stderr)
+        return save(path)
+    except Exception as error:  # it is drawn from whatever was logged, by a package that may be missing
+        remedy = f"; pip install {error.name}" if isinstance(error, ModuleNotFoundError) else ""
+        print(f"no {path.name} in the report: {error}{remedy}", file=sys.stderr)
         return False
+
+
+def save_curves(run: Run, path: Path) -> bool:
+    figure([run]).savefig(path)
     return True
 
 
@@ -121,9 +129,10 @@ def score_text(name: str, value: float) -> str:
 
 
 def some_of(attempts: Sequence[Any], right: int = 1, wrong: int = 2) -> list[Any]:
+    """A few to show: failures say more than successes, and are taken from everywhere among the attempts."""
     solved = [attempt for attempt in attempts if attempt.correct]
     failed = [attempt for attempt in attempts if not attempt.correct]
-    return solved[:right] + failed[:wrong]
+    return solved[:right] + failed[:: max(1, len(failed) // wrong)][:wrong]
 
 
 def attempt_line(attempt: Any) -> str:

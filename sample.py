@@ -38,7 +38,7 @@ import checkpoint
 import pictures
 import runtime
 import tokenizer as tokenizers
-from confidence import MODES, Choice, Mode, choices, legend
+from confidence import MODES, Choice, Mode, choices, has_gate, legend
 from configurator import load, one_line, run_script, setting
 from dag_model import GPT
 from engine import check, generate
@@ -74,7 +74,10 @@ class SampleConfig:
     top_k: int | None = setting(None, "choose among the k most likely tokens", minimum=1)
     top_p: float | None = setting(None, "choose among the fewest tokens with this probability together")
     seed: int | None = setting(
-        1337, "of the first sample, the next has seed + 1; none is new every time", minimum=0
+        1337,
+        "of the first sample, the next has seed + 1; none is new every time",
+        minimum=0,
+        below=1 << 62,
     )
     show_dag: bool = setting(False, "explain the plan of every number that is written", section="looking")
     dag_png: str = setting("", "picture of these plans, a name that ends in .png")
@@ -261,8 +264,6 @@ class Desk:
     def show_plans(self, tokens: list[int], start: int) -> None:
         look = explain(self.model, self.tokenizer, tokens, start)
         if self.config.show_dag:
-            if look.begin > 0:
-                print(f"    (of the last {len(tokens) - look.begin} tokens, all that the context holds)")
             for number in sorted([*look.thoughts, *look.unplanned], key=lambda number: number.first):
                 print(*("    " + line for line in explanation(number)), sep="\n", flush=True)
             if not (look.thoughts or look.unplanned):
@@ -294,8 +295,7 @@ def check_showable(config: SampleConfig, model: GPT) -> None:
             "show_dag and dag_png are for a DAG over the numbers of the text, which this model has not: "
             "leave them out"
         )
-    has_gate = model.dag is not None and (model.reads_numbers or model.config.dag_gate)
-    if config.mode == "gate" and not has_gate:
+    if config.mode == "gate" and not has_gate(model):
         raise ValueError("colorize_output=gate: this model has no gate; choose probability or rank")
     if config.dag_png or config.show_heatmaps:
         pictures.require_matplotlib()

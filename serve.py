@@ -15,8 +15,8 @@ The page is web/: plain HTML, CSS and JavaScript, nothing from elsewhere. Progra
 
 - the texts of all tokens joined are the text; what is said of each is a Choice of confidence.py, of which the
   first token is none. The gate says how much of a token is the DAG's
-- thoughts and unplanned numbers are those of explain.py, field by field: of the last tokens that fit the
-  context. Their `first`, `last` and `position` count tokens
+- thoughts and unplanned numbers are those of explain.py, field by field. Their `first`, `last` and `position`
+  count tokens
 - {"prompt": ..., "max_new_tokens": 50, "temperature": 0.8, "seed": 1}: all but the prompt may be left out.
   Temperature 0, which is the default, is greedy; no seed is a new one every time
 - with "stream": true the answer is a line of JSON an event, {"token": "3"} as soon as it is written, and the
@@ -54,7 +54,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 import checkpoint
 import runtime
-from confidence import choices
+from confidence import choices, has_gate
 from configurator import load, run_script, setting
 from dag_model import GPT
 from engine import check, generate
@@ -186,6 +186,8 @@ def describe(
         "context": model.config.block_size,
         "dag_steps": model.config.dag_depth,
         "operations": [] if model.dag is None else model.dag.names,
+        "plans": model.reads_numbers,  # it may have thoughts
+        "gate": has_gate(model),
         "max_new_tokens": config.max_new_tokens,
         "examples": list(readable(tokenizer, EXAMPLES)),
     }
@@ -289,8 +291,8 @@ class Guard:
             return 403, f"{host!r} is not this machine: open http://127.0.0.1 and the port"
         if "origin" in headers and headers["origin"].partition("://")[2] != host:
             return 403, "this request comes from a page of another site: use the page served here"
-        if method == "POST" and length is None:
-            return 411, "the request has no Content-Length: send one"
+        if method == "POST" and (length is None or "transfer-encoding" in headers):
+            return 411, "the request has no Content-Length, or comes in chunks: send it whole"
         if length is not None and int(length) > BODY_LIMIT:
             return 413, f"a request of {length} bytes: send {BODY_LIMIT} or less"
         return None

@@ -6,7 +6,8 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 Read top to bottom: helpers, then configuration, setup, data, model, optimizer, loop. A run writes a folder:
-config.json, run.json (command, commit, versions), changes.diff, metrics.jsonl, best-*/ and last-*/ checkpoints.
+config.json, run.json (command, commit, versions), changes.diff, metrics.jsonl, best-*/ and last-*/ checkpoints, and
+at its end report.md with curves.png and plan.png.
 The loop follows nanoGPT's train.py (https://github.com/karpathy/nanoGPT); `gradient_accumulation_steps` is,
 as there, the number of micro-batches of one step over all processes.
 """
@@ -43,7 +44,7 @@ from diagnosis import writable
 from engine import generate
 from explain import explain
 from pictures import draw_dag
-from report import write_report
+from report import attempt_line, some_of, write_report
 
 ROOT = Path(__file__).parent
 SAMPLE_TOKENS = 200  # of the text in report.md
@@ -207,16 +208,6 @@ def draw_plan(model: GPT, tokenizer: tokenizers.Tokenizer, problems: list[tasks.
     return len(thoughts) > 0
 
 
-def show_problems(display: Display, attempts: list[tasks.Attempt], wrong: int = 2, right: int = 1) -> None:
-    """A few problems of an evaluation: failures say more than successes."""
-    solved = [attempt for attempt in attempts if attempt.correct]
-    failed = [attempt for attempt in attempts if not attempt.correct]
-    spread = failed[:: max(1, len(failed) // wrong)][:wrong]  # they are in the order of the splits
-    for attempt in solved[:right] + spread:
-        mark = "solved" if attempt.correct else f"failed, {attempt.answer} is right"
-        display.say(f"    {attempt.prompt}{attempt.output}  ({mark})")
-
-
 class StopFlag:
     """Set by SIGINT or SIGTERM; a second signal ends the program as usual."""
 
@@ -338,10 +329,12 @@ def main() -> None:
             torch.manual_seed(config.seed + processes.rank + 1_000_003 * (iteration + 1))
     resumed_at = iteration if saved else None
 
-    watch = Watch.of(model, tokenizer, *to_device(eval_loaders["val"].next_batch()), problems)
+    watch = None
+    if model.dag is not None:
+        watch = Watch.of(model, tokenizer, *to_device(eval_loaders["val"].next_batch()), problems)
     run_card, writes = {}, processes.is_main and not config.eval_only
     if writes:
-        probes = [problem.prompt for problem in watch.probes]
+        probes = [problem.prompt for problem in watch.probes] if watch else []
         run_card = write_run_files(run_dir, config, hardware, resumed_at, probes)
     logger = DAGLogger(
         run_dir if writes else None,
@@ -382,7 +375,8 @@ def main() -> None:
             for kind, tried in attempts_by_kind.items():
                 scores[f"val/solved/{kind}"] = share_solved(tried)
             display.say(f"  {scores['val/solved']:.1%} of {len(attempts)} validation problems solved")
-            show_problems(display, attempts)
+            for attempt in some_of(attempts):
+                display.say(f"    {attempt_line(attempt)}")
             logger.log_problems(iteration, model, tokenizer, attempts_by_kind)
         with runtime.autocast(device, dtype):
             scores |= logger.get_wandb_logging_dict(model)
@@ -421,7 +415,8 @@ def main() -> None:
     stop = StopFlag()
     loss_sum = torch.zeros((), device=device)
     since, since_iteration = time.perf_counter(), iteration
-    started, minutes = since, saved.progress.get("minutes", 0.0) if saved else 0.0  # of training alone
+    minutes = saved.progress.get("minutes", 0.0) if saved else 0.0  # of training alone
+    started = since - 60 * minutes  # as if it had never been interrupted
     tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
     if iteration >= config.max_iters and not config.eval_only:
         display.say(f"already at step {iteration}: nothing to do until --max_iters is larger")
@@ -430,7 +425,7 @@ def main() -> None:
         due = iteration % config.eval_interval == 0 or iteration == config.max_iters
         if config.eval_only or (due and iteration != resumed_at):
             paused = time.perf_counter()
-            minutes, started = minutes + (paused - started) / 60, paused
+            minutes = (paused - started) / 60
             scores = evaluate() | {"train/minutes": minutes}
             require_finite(scores["val/loss"])
             logger.log(iteration, scores)
@@ -441,8 +436,8 @@ def main() -> None:
             if improved:
                 save("best")  # before "last", which says that there is one
             save("last")
-            since += time.perf_counter() - paused  # evaluation is not training time
-            started = time.perf_counter()
+            pause = time.perf_counter() - paused  # evaluation is not training time
+            since, started = since + pause, started + pause
 
         # stop test
         if iteration >= config.max_iters:
@@ -455,6 +450,8 @@ def main() -> None:
         if stop.raised(processes):
             display.say(f"asked to stop: saving at step {iteration}")
             require_finite(processes.mean(loss_sum.item()))
+            minutes = (time.perf_counter() - started) / 60
+            logger.log(iteration, {"train/minutes": minutes})
             save("last")
             break
 
@@ -499,7 +496,7 @@ def main() -> None:
     # --------------------------------------------------------------------------------------- end
     stop.restore()
     display.close()
-    if writes:
+    if writes and iteration != resumed_at:
         sample = generate(
             model.eval(), [[tokenizer.separator_id]], SAMPLE_TOKENS, temperature=0.8, seed=config.seed
         )

@@ -19,7 +19,7 @@ import arithmetic as ar  # noqa: E402
 import dag_model  # noqa: E402
 import train  # noqa: E402
 from configurator import run_script  # noqa: E402
-from explanations import PlanLoss  # noqa: E402
+from explanations import STRICT, PlanLoss, not_rounded  # noqa: E402
 from plan_search import Plans, run  # noqa: E402
 
 SIGNED = re.compile(r"(?<![\d)])-?\d+(?:\.\d+)?")  # as the generator writes numbers: 5-3, 5 - -3, -5*3
@@ -59,12 +59,12 @@ def generator():
     return module
 
 
-def draw_labels(inputs: int) -> dict[tuple[str, ...], list[Step]]:
-    """The plan of every line of the training corpus that has one, over slots of `inputs` numbers. Lines that look the
-    same here and were made differently, as 2+2=4 and 2*2=4, are left out.
+def draw_labels(prepare, settings, inputs: int) -> dict[tuple[str, ...], list[Step]]:
+    """The plan of every line of the training corpus that has one, over slots of `inputs` numbers. Lines that
+    look the same here and were made differently, as 2+2=4 and 2*2=4, are left out, and those of more numbers.
+
+    `prepare` is generator(), `settings` are its Settings.
     """
-    prepare = generator()
-    settings = prepare.Settings()
     corpus = ar.draw_corpus(settings.seed, prepare.interpolation(settings), prepare.MIX, settings.lines)
     templates = []
     for template, value in prepare.TEMPLATES.items():
@@ -75,6 +75,8 @@ def draw_labels(inputs: int) -> dict[tuple[str, ...], list[Step]]:
     for line in corpus["train"]:
         prompt, _, answer = line.rpartition("=" if "=" in line else " ")
         numbers = [match[0] for match in SIGNED.finditer(prompt)]
+        if len(numbers) > inputs:
+            continue
         steps: list[Step] = []
         terms = [Term(len(numbers) - 1 - n, steps, inputs) for n in range(len(numbers))]
         if "=" in line:
@@ -96,24 +98,27 @@ class LabelledLoss(PlanLoss):
     def __init__(self, config, names):
         super().__init__(config, names)
         K = config.dag_num_inputs
-        end = [
-            (names.index("identity"), K + n - 1, 0) for n in range(config.dag_depth)
-        ]  # passes the last result on
+        D, prepare = config.dag_depth, generator()
+        end = [(names.index("identity"), K + n - 1, 0) for n in range(D)]  # passes the last result on
         self.labels = {
             key: [(names.index(name), a, b) for name, a, b in steps] + end[len(steps) :]
-            for key, steps in draw_labels(K).items()
+            for key, steps in draw_labels(prepare, prepare.Settings(), K).items()
+            if len(steps) <= D and {name for name, _, _ in steps} <= set(names)
         }
 
     def forward(self, planner, plans, sight, target, odds):
         numbers, answers = sight.values.tolist(), target.value.tolist()
         keys = [key_of((x for x in row if x == x), answer) for row, answer in zip(numbers, answers)]
-        n = torch.tensor([n for n, key in enumerate(keys) if key in self.labels], dtype=torch.long)
+        device = sight.values.device
+        n = [n for n, key in enumerate(keys) if key in self.labels]
         if len(n) == 0:
             return 0.0 * sum(parameter.sum() for parameter in planner.parameters())
-        labels = torch.tensor([self.labels[keys[row]] for row in n.tolist()])
+        labels = torch.tensor([self.labels[keys[row]] for row in n], device=device)
         labels = planner.canonical(Plans(*labels.unbind(-1)))
+        n = torch.tensor(n, device=device)
         sight, target = sight[n], target[n]
         right = target.formats(run(labels, sight.values, self.names))
+        right = not_rounded(right, torch.rand(len(right), device=device) < STRICT)
         context, keys = planner.read(sight.hidden, sight.readers)
         log_p, formats = planner.log_probability(context, keys, sight.inputs, labels)
         return -(log_p + formats.masked_fill(~right, -torch.inf).logsumexp(-1)).mean()

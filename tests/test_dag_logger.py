@@ -99,7 +99,7 @@ def test_one_call_has_statistics_gradients_hits_and_probes(tmp_path, tiny_gpt, f
     expected = {"dag/gate_open", "dag/mixed_norm", "dag/use/add", "dag/gradient/final_hidden", "probe/0/gate"}
     expected |= {f"dag/gradient_norm/{part}" for part in ("planner", "add")}
     if model.reads_numbers:
-        expected |= {"dag/own_plan_computes", "dag/gradient_norm/near_digit"}
+        expected |= {"dag/own_plan_explains", "dag/gradient_norm/near_digit"}
     assert expected <= logged.keys()
     assert all(type(value) is float and math.isfinite(value) for value in logged.values())
     logger.log(1, logged)
@@ -119,10 +119,10 @@ def test_a_plain_gpt_has_nothing_to_tell(tmp_path, tiny_gpt):
 def test_hits_are_those_since_the_last_call(tiny_gpt):
     logger, model = DAGLogger(None, {}), tiny_gpt()
     model.dag.plan_loss.hits.update(numbers=4, own=1)
-    assert logger.hits_since(model) == {"dag/own_plan_computes": 0.25, "dag/explained": 0.0}
+    assert logger.hits_since(model) == {"dag/own_plan_explains": 0.25, "dag/explained": 0.0}
     assert logger.hits_since(model) == {}
     model.dag.plan_loss.hits.update(numbers=2, own=2, explained=2, plans=2)
-    assert logger.hits_since(model)["dag/own_plan_computes"] == 1.0
+    assert logger.hits_since(model)["dag/own_plan_explains"] == 1.0
 
 
 def test_what_is_not_finite_is_left_out():

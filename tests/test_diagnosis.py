@@ -274,12 +274,12 @@ def test_a_diagnosis_does_not_depend_on_its_neighbours(tiny_gpt, separator_id):
         ([("divide", 1, 0), ("power", R1, 0)], [3, -7], "(-7 / 3 = -7/3) ^ 3 = -12.704"),
     ],
 )
-def test_plan_text(steps, inputs, expected):
-    names = list(exact.OPERATIONS)
-    steps = [(names.index(name), a, b) for name, a, b in steps]
+def test_plan_text(tiny_gpt, steps, inputs, expected):
+    dag = tiny_gpt(dag_num_inputs=K).dag
+    steps = [(dag.names.index(name), a, b) for name, a, b in steps]
     slots = [(n, 1) for n in inputs] + [None]
-    slots += exact.run(steps, slots, operations=list(exact.OPERATIONS.values()))
-    assert diagnosis.plan_text(steps, slots, names, expected.split(" = ")[-1]) == expected
+    slots += exact.run(steps, slots, operations=dag.operations)
+    assert diagnosis.plan_text(dag, steps, slots, expected.split(" = ")[-1]) == expected
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -336,6 +336,14 @@ def test_decoys_count_every_number_after_the_first(tiny_gpt, monkeypatch):
         open_at(model, monkeypatch, at)
         flags = gates_at_numbers(model, TOKENIZER, decoys, batch_size=2)
         assert len(flags) == 3 and sum(flags) == (at in (5, 10)) + (at == 1), at
+
+
+def test_behind_a_bar_no_number_could_be_computed(tiny_gpt, monkeypatch):
+    model = tiny_gpt(vocabulary=TOKENIZER.vocabulary, separator_id=TOKENIZER.separator_id)
+    for at in range(8):
+        open_at(model, monkeypatch, at)
+        flags = gates_at_numbers(model, TOKENIZER, [Problem("1 3/4 ", "5")])
+        assert flags == [at == 1, at == 5]
 
 
 def test_without_a_gate_there_are_none(tiny_gpt):

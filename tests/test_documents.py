@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import GLUED, SEPARATOR, VOCABULARY, random_text
 
-from documents import NEAR, Row, fraction_bars, layout, next_layout, open_bias
+from documents import NEAR, Row, fraction_bars, layout, may_compute, next_layout, open_bias
 from numerals import Lexer
 
 VOCABULARIES = {"char": VOCABULARY, "glued": GLUED}
@@ -85,8 +85,7 @@ def test_a_row_knows_what_the_lexer_knows(vocabulary):
     idx = random_text(B, T, vocabulary=vocabulary)
     lexer = Lexer(vocabulary, SEPARATOR, K)
     numerals = lexer(idx)
-    bars = fraction_bars(idx, numerals.offset, lexer.char_ids["/"])
-    computes = numerals.may_open & numerals.visible[..., 0] & ~bars
+    bars, computes = fraction_bars(lexer, idx, numerals), may_compute(lexer, idx, numerals)
     for b in range(B):
         row = Row(SEPARATOR, lexer)
         for t, token in enumerate(idx[b].tolist()):

@@ -7,7 +7,7 @@ import torch
 from conftest import DENSE, SEPARATOR
 
 from dense_dag import CONTEXTS, FOLDS, INPUTS, PLANS, VALUES
-from engine import choose, generate, random_numbers
+from engine import choose, generate, random_numbers, windows
 
 RAGGED = [[3], [5, 1, 7, 2, 9], list(range(16)), [28, 0, 28]]  # 16 is tiny_gpt's block_size
 PLAIN = dict(dag_depth=0)
@@ -51,6 +51,24 @@ def test_window_rule_beyond_block_size(tiny_gpt):
         context.append(token)
         expected.append(token)
     assert generate(model, [[5, 1, 7]], 40, temperature=0) == [expected]
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 5, 16])
+@pytest.mark.parametrize("prompt", [1, 2, 5, 16])
+def test_windows_are_the_contexts_that_generate_reads(tiny_gpt, monkeypatch, block_size, prompt):
+    model = tiny_gpt(dag_depth=0, block_size=block_size)
+    tokens, contexts = torch.randint(28, (min(prompt, block_size),)).tolist(), []
+
+    def spy(idx, cache, hidden_states=model.hidden_states):
+        contexts.append(idx[0].tolist())
+        return hidden_states(idx, cache)
+
+    monkeypatch.setattr(model, "hidden_states", spy)
+    given = len(tokens)
+    tokens += generate(model, [tokens], 40, temperature=3.0, seed=1, cached=False)[0]
+    told = {t: tokens[begin:t] for begin, *span in windows(len(tokens), block_size) for t in range(*span)}
+    assert list(told) == list(range(1, len(tokens)))
+    assert [told[t] for t in range(given, len(tokens))] == contexts
 
 
 def test_cached_decoding_reads_every_token_once(tiny_gpt, monkeypatch):

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import random
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from itertools import product
 
@@ -97,7 +97,7 @@ def test_the_beam_finds_what_brute_force_finds(tiny_gpt, text):
     best, format = formats.max(-1)
     expected = {plan: (p, f) for plan, p, f in zip(every, (log_p + best).tolist(), format.tolist())}
 
-    found, found_log_p, found_format = likeliest(planner, sight, 500)
+    found, found_log_p, found_format = likeliest(planner, *known, 500)
     steps = [
         tuple((names[operation], a, b) for operation, a, b in plan)
         for plan in torch.stack(tuple(found), dim=-1).tolist()
@@ -106,7 +106,7 @@ def test_the_beam_finds_what_brute_force_finds(tiny_gpt, text):
     assert found_log_p.tolist() == sorted(found_log_p.tolist(), reverse=True)
     for plan, p, f in zip(steps, found_log_p.tolist(), found_format.tolist()):
         assert (p, f) == (pytest.approx(expected[plan][0], abs=1e-4), expected[plan][1])
-    few = likeliest(planner, sight, 4)[1].tolist()
+    few = likeliest(planner, *known, 4)[1].tolist()
     assert len(few) == 4 and few[0] == pytest.approx(found_log_p[0].item(), abs=1e-4)
 
 
@@ -116,7 +116,7 @@ def test_a_look_says_what_the_model_does(talkative, arm):
     planned = 0
     for tokens in random_text(10, 40).tolist():
         look, state = explain(model, TOKENIZER, tokens), model.inspect(torch.tensor([tokens]))
-        assert look.gates == tuple(state.gate[0, :, 0].tolist()) and look.begin == 0
+        assert look.gates == tuple(state.gate[0, :, 0].tolist())
         for thought in look.thoughts:
             (n,) = (state.position == thought.position).nonzero()[0].tolist()
             assert thought.first == thought.position + 1
@@ -248,17 +248,76 @@ def test_only_numbers_from_the_start_on_are_told(talkative):
         assert later.gates == look.gates
 
 
-def test_of_a_long_text_the_end_is_told(talkative):
-    model = talkative(block_size=16)
-    tokens = TOKENIZER.encode("1+2+3+4+5+6+7+8+9+10+11+12=30\n")
-    whole, end = explain(model, TOKENIZER, tokens), explain(model, TOKENIZER, tokens[-16:])
-    assert whole.begin == len(tokens) - 16 and whole.gates == end.gates
-    assert [n.text for n in whole.thoughts] == [n.text for n in end.thoughts] != []
-    for ours, theirs in zip(whole.thoughts, end.thoughts):
-        assert (ours.expression, ours.first - whole.begin) == (theirs.expression, theirs.first)
-        assert "".join(TOKENIZER.decode(tokens[n.first : n.last + 1]) for n in ours.inputs) == "".join(
-            n.value for n in ours.inputs
-        )
+@pytest.mark.parametrize("prompt", ["1", "1+2+3+4=10 abcde"])
+def test_beyond_the_context_plans_are_those_that_wrote_the_numbers(talkative, monkeypatch, prompt):
+    """Against what generation did, step by step."""
+    model, prompt, steps = talkative(block_size=16), TOKENIZER.encode(prompt), []
+
+    def spy(idx, *rest, hidden_states=model.hidden_states):
+        hidden, state = hidden_states(idx, *rest)
+        steps.append((idx.size(1) - 1, state))
+        return hidden, state
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "hidden_states", spy)
+        (new,) = engine.generate(model, [prompt], 300, temperature=2.0, seed=1, cached=False)
+    look, begins = explain(model, TOKENIZER, prompt + new, start=len(prompt)), set()
+    gates = [float(state.gate[0, newest, 0]) for newest, state in steps]
+    assert look.gates[len(prompt) - 1 : -1] == pytest.approx(gates, abs=1e-5)
+    for number in [*look.thoughts, *look.unplanned]:
+        newest, state = steps[number.first - len(prompt)]
+        planned = (state.position == newest).nonzero().flatten().tolist()
+        assert bool(planned) == (number in look.thoughts)
+        for n in planned:
+            begins.add(number.position - newest)
+            assert number.written == state.written[n]
+            assert [item.slot for item in number.inputs] == state.sight.inputs[n].nonzero().flatten().tolist()
+            assert all(number.position - newest <= item.first for item in number.inputs)
+    assert len(begins) > 5
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("1 2=--5 ", ["1: before", "2", "-5: sign"]),
+        ("1=-- 5", ["1: before", "5"]),
+        ("1 3/4 7/", ["1: before", "3/4", "7"]),
+        ("1 3/-4", ["1: before", "3", "-4: sign"]),
+        ("1 3/4/-5-6 ", ["1: before", "3/4", "-5: sign", "6"]),
+        ("1 -", ["1: before"]),
+    ],
+)
+def test_where_a_number_begins_and_ends(talkative, text, told):
+    look = explain(talkative(), TOKENIZER, TOKENIZER.encode(text))
+    numbers = {number.first: number.text for number in look.thoughts}
+    reasons = {"no number before it": "before", "it is behind a sign or a bar": "sign"}
+    numbers |= {number.first: f"{number.text}: {reasons[number.reason]}" for number in look.unplanned}
+    assert [numbers[first] for first in sorted(numbers)] == told
+
+
+def test_a_step_has_as_many_digits_as_the_dag(talkative):
+    model = talkative(dag_digits=100, dag_ops="multiply,identity")
+    tokens = TOKENIZER.encode("1.2345678901234567 7.6543210987654321 1 2 3 4 5 6 7\n")
+    thoughts = explain(model, TOKENIZER, tokens).thoughts
+    values = {step.value for thought in thoughts for step in thought.steps}
+    assert any(len(value) > exact.DIGITS + 1 for value in values)
+    assert not any("/" in value for value in values)
+
+
+def test_a_number_of_the_text_is_written_as_it_is(talkative):
+    model, long = talkative(dag_digits=3), "1234567890.125"
+    (thought,) = explain(model, TOKENIZER, TOKENIZER.encode(f"{long} 1")).thoughts
+    assert [number.value for number in thought.inputs] == [long]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_there_are_as_many_alternatives_as_are_asked_for(talkative, count):
+    model, tokens = talkative(), TOKENIZER.encode("12+7*3=33-1\n")
+    whole = explain(model, TOKENIZER, tokens, alternatives=5)
+    look = explain(model, TOKENIZER, tokens, alternatives=count)
+    for thought, same in zip(look.thoughts, whole.thoughts, strict=True):
+        assert len(thought.alternatives) <= count and bool(thought.alternatives) == bool(count)
+        assert replace(thought, alternatives=()) == replace(same, alternatives=())
 
 
 @pytest.mark.parametrize("fields", [dict(dag_depth=0), DENSE["token"], DENSE["sequence"]])

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "plan_search": {"exact"},
     "dense_dag": {"attention", "layers"},
     "planner": {"dense_dag", "exact", "plan_search"},
-    "explanations": {"numerals", "plan_search", "planner"},
+    "explanations": {"exact", "numerals", "plan_search", "planner"},
     "dag_model": {
         *("attention", "layers", "exact", "numerals"),
         *("dense_dag", "documents", "explanations", "plan_search", "planner", "readout"),
@@ -36,16 +36,22 @@ MAY_IMPORT = {
     # what uses a model
     "checkpoint": {"dag_model", "tokenizer"},
     "dag_statistics": {
-        *("dag_model", "diagnosis", "documents", "exact", "explain", "numerals"),
-        *("plan_search", "tasks", "tokenizer"),
+        *("confidence", "dag_model", "diagnosis", "documents", "exact", "explain", "numerals"),
+        *("plan_search", "readout", "tasks", "tokenizer"),
     },
     "dag_logger": {"dag_model", "dag_statistics", "diagnosis", "explain", "tasks", "tokenizer"},
     "engine": {"attention", "dag_model"},
     "tasks": {"dag_model", "dataloader", "engine", "runtime", "tokenizer"},
-    "confidence": {"dag_model", "tokenizer"},
-    "explain": {"confidence", "dag_model", "exact", "plan_search", "planner", "tokenizer"},
+    "confidence": {"dag_model", "engine", "tokenizer"},
+    "explain": {
+        *("confidence", "dag_model", "documents", "engine", "exact"),
+        *("numerals", "plan_search", "planner", "tokenizer"),
+    },
     "pictures": {"confidence", "explain"},
-    "diagnosis": {"dag_model", "exact", "explain", "numerals", "tasks", "tokenizer"},
+    "diagnosis": {
+        *("confidence", "dag_model", "documents", "exact", "explain"),
+        *("numerals", "tasks", "tokenizer"),
+    },
 }
 MODEL_SIDE = [
     *("attention", "layers", "exact", "numerals", "documents", "readout"),

@@ -9,7 +9,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from test_serve import ask, serving
+from test_serve import ABOUT, ask, serving
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
@@ -239,6 +239,25 @@ def test_a_new_text_ends_the_one_before(browser):
 def test_the_page_says_what_model_it_is(page):
     page.all("#about summary")[0].click()
     assert "here, step 0" in page.all("#about")[0].text and "sums" in page.all("#about")[0].text
+
+
+@pytest.mark.parametrize("plans, gate", [(True, True), (False, True), (False, False)])
+def test_of_gates_and_plans_is_spoken_where_the_model_has_them(browser, monkeypatch, plans, gate):
+    monkeypatch.setitem(ABOUT, "plans", plans)
+    monkeypatch.setitem(ABOUT, "gate", gate)
+    with serving() as address:
+        page = Page(browser, address)
+        page.type("12+34=")
+    page.all("#about summary")[0].click()
+    shown = page.all("body")[0].text
+    assert [words in shown for words in ("gate shut", "Press a number", "plan a short")] == [
+        gate,
+        plans,
+        plans,
+    ]
+    assert ("gate" in page.all(".token")[-1].get_attribute("title")) == gate
+    styles = [token.get_attribute("style") for token in page.all(".token")]
+    assert (styles[-1] == styles[0]) == (not gate)
 
 
 def test_a_server_that_is_gone_is_said(browser):

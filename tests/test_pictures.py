@@ -1,12 +1,13 @@
 """pictures.py: what is said is there, and within the picture."""
 
 import pytest
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.colors import to_hex
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 from confidence import Choice
 from exact import OPERATIONS
 from explain import Candidate, Number, Step, Thought
-from pictures import draw_dag, draw_heatmap, shortened, shortened_number
+from pictures import FAINT, INK, draw_dag, draw_heatmap, shortened, shortened_number
 
 LONG = "123456789012345678901234567890123456"
 EVEN = {name: 1 / len(OPERATIONS) for name in OPERATIONS}
@@ -84,6 +85,38 @@ def test_boxes_stand_behind_what_they_are_computed_from():
     at = {text.get_text(): text.get_position() for text in figure.axes[0].texts if text.get_fontsize() == 10}
     assert at["12"][0] == at["7"][0] == at["3"][0] < at["21"][0] < at["33"][0]
     assert at["12"][1] < at["7"][1] < at["3"][1]  # as in the text
+
+
+def edges(figure) -> set[tuple[str, str, bool, str]]:
+    """Names of the boxes that an arrow leads from and to, whether it is dashed, and its colour."""
+    patches = figure.axes[0].patches
+    boxes = [patch for patch in patches if isinstance(patch, FancyBboxPatch)]
+    assert len(boxes) == 6  # in the order in which draw_panel makes them
+    places = dict(zip(("3", "7", "12", "21", "33", "result"), map(corners, boxes)))
+    found = set()
+    for arrow in patches:
+        if isinstance(arrow, FancyArrowPatch):
+            (x, y), (to_x, to_y) = arrow.get_path().vertices[[0, 3]]
+            (begin,) = [name for name, (_, at, top, end) in places.items() if near(x, at) and top < y < end]
+            (head,) = [
+                name for name, (at, _, top, end) in places.items() if near(to_x, at) and top < to_y < end
+            ]
+            found.add((begin, head, arrow.get_linestyle() != "-", to_hex(arrow.get_edgecolor())))
+    return found
+
+
+def corners(box):
+    return box.get_x(), box.get_x() + box.get_width(), box.get_y(), box.get_y() + box.get_height()
+
+
+def near(a, b):
+    return abs(a - b) < 0.1  # inches; a line ends a little before its arrow's head does
+
+
+def test_arrows_lead_from_operands_to_steps_and_from_the_last_to_the_result():
+    chosen = [("7", "21"), ("3", "21"), ("12", "33"), ("21", "33"), ("33", "result")]
+    drawn = {(*pair, False, INK) for pair in chosen}
+    assert edges(draw_dag([SHORT], TEXTS)) == drawn | {("7", "33", True, FAINT)}  # instead of 12, 25 %
 
 
 def test_what_the_text_says_instead_is_told():

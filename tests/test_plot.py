@@ -177,6 +177,61 @@ def test_limits_hold_all_values(values, title):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# the figure
+
+
+def look(line):
+    return line.get_color(), line.get_linestyle()
+
+
+def test_the_legend_of_several_runs_names_their_curves(tmp_path):
+    runs = [curves.read_run(some_run(tmp_path / f"run{n}")) for n in range(9)]
+    figure = curves.figure(runs)
+    (legend,) = figure.legends
+    named = {text.get_text(): look(line) for text, line in zip(legend.get_texts(), legend.get_lines())}
+    assert named.keys() == {run.name for run in runs} and len(set(named.values())) == len(runs)
+    assert len(figure.axes) == len(NAMES)
+    for axes in figure.axes:
+        assert {line.get_label(): look(line) for line in axes.lines} == named
+
+
+def test_curves_of_one_panel_differ_and_its_legend_names_them(tmp_path):
+    figure = curves.figure([curves.read_run(some_run(tmp_path))])
+    for axes in figure.axes:
+        drawn = {line.get_label(): look(line) for line in axes.lines}
+        assert len(set(drawn.values())) == len(drawn)
+        if len(drawn) > 1:
+            legend = axes.get_legend()
+            labels = [text.get_text() for text in legend.get_texts()]
+            assert dict(zip(labels, map(look, legend.get_lines()))) == drawn
+
+
+def test_a_curve_has_its_values_and_gradients_an_axis_of_magnitudes(tmp_path):
+    records = [
+        {"gradient/a": 10.0**-n, "x": float(n), "val/solved": None if n == 3 else 0.5} for n in range(7)
+    ]
+    figure = curves.figure([curves.read_run(write_run(tmp_path, records))])
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    assert {title: axes.get_yscale() for title, axes in panels.items()} == {
+        "val/solved": "linear",
+        "gradient/a": "log",
+        "x": "linear",
+    }
+    np.testing.assert_array_equal(panels["x"].lines[0].get_xydata(), [[10 * n, n] for n in range(7)])
+    curve, marks = panels["val/solved"].lines
+    assert marks.get_marker() == "x" and marks.get_xdata().tolist() == [30]
+
+
+def test_no_name_is_taken_for_a_formula(tmp_path):
+    names = ["probe/0/$a #1$", "probe/0/$b #2$"]
+    run = some_run(tmp_path / "$c #3$", names=names, run=dict(probes=["$5 #1 $2 "]))
+    runs = [curves.read_run(run), curves.read_run(run, "$d #4$")]
+    for some in (runs[:1], runs):
+        curves.figure(some).savefig(tmp_path / "figure.png")  # a formula this bad is an error
+    assert curves.figure(runs[:1]).axes[0].get_title(loc="left") == "probe/0: $5 #1 $2"
+
+
+# ------------------------------------------------------------------------------------------------------------
 # the script
 
 
@@ -189,6 +244,7 @@ def test_a_page_has_all_values_and_needs_no_network(tmp_path):
     names = [*NAMES, "</script><blink>&$x"]
     run = curves.read_run(some_run(tmp_path / "a&b", lines=2 * curves.BINS, names=names))
     page = plot.page([run])
+    assert "connectSeparatedPoints: true" in page  # metrics are logged at different steps, and rows have gaps
     assert not re.search(r"<(link|img|iframe|script[^>]*src)|@import|url\(", page)
     assert page.count("</script>") == 2 and "<blink" not in page and "a&amp;b" in page
     panels = data_of(page)
@@ -242,6 +298,32 @@ def test_a_run_without_metrics_is_told_and_does_not_hide_the_others(tmp_path, ca
     (empty / "metrics.jsonl").write_text('{"step": 0, "ti')
     assert len(plot.read_runs([str(good), str(empty)])) == 1
     assert f"{empty / 'metrics.jsonl'} has no metrics" in capsys.readouterr().err
+
+
+def test_a_run_is_not_compared_with_itself(tmp_path, monkeypatch):
+    run = some_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert len(plot.read_runs(["run", "run/", "./run", str(run)])) == 1
+
+
+@pytest.mark.parametrize(
+    "out, one, two",
+    [
+        ("", "x/a/plots", "x/comparison"),
+        ("figs/", "figs/plots", "figs/comparison"),
+        ("figs/.png", "figs/plots", "figs/comparison"),
+        (".", "plots", "comparison"),
+        ("figs/one.html", "figs/one", "figs/one"),
+        ("v1.2", "v1.2", "v1.2"),
+    ],
+)
+def test_no_output_is_hidden(out, one, two, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a, b = (curves.read_run(some_run(tmp_path / "x" / name)) for name in "ab")
+    assert (tmp_path / plot.stem_of(out, [a]), tmp_path / plot.stem_of(out, [a, b])) == (
+        tmp_path / one,
+        tmp_path / two,
+    )
 
 
 @pytest.mark.parametrize(
@@ -348,7 +430,45 @@ def test_a_report_never_ends_a_run(tmp_path, monkeypatch, capsys):
     assert re.fullmatch(r"no report of .*no metrics.jsonl.*\n", capsys.readouterr().err)
     path = write_run(tmp_path / "run", [{"x": 1.0}], config=dict(seed=7))
     without("matplotlib", tmp_path, monkeypatch)
-    report.write_report(path)
-    assert re.fullmatch(r"no curves in the report.*pip install matplotlib\n", capsys.readouterr().err)
+    report.write_report(path, draw_plan=draw_figure)
+    told = capsys.readouterr().err.splitlines()
+    for line, name in zip(told, ("curves", "plan"), strict=True):
+        assert re.fullmatch(rf"no {name}.png in the report.*pip install matplotlib", line)
     text = (path / "report.md").read_text()
-    assert '"seed": 7' in text and "curves" not in text
+    assert '"seed": 7' in text and "curves" not in text and "plan" not in text
+
+
+def draw_figure(path):
+    from matplotlib.figure import Figure
+
+    Figure().savefig(path)
+    return True
+
+
+@pytest.mark.parametrize("drawn, shown", [(draw_figure, True), (lambda path: False, False), (None, False)])
+def test_a_plan_is_shown_where_one_was_drawn(drawn, shown, tmp_path):
+    path = some_run(tmp_path / "run")
+    report.write_report(path, draw_plan=drawn)
+    assert ("![plan](plan.png)" in (path / "report.md").read_text()) == shown == (path / "plan.png").exists()
+
+
+def test_a_picture_that_fails_costs_itself_alone(tmp_path, capsys):
+    def fail(path):
+        raise ValueError("no such plan")
+
+    path = some_run(tmp_path / "run")
+    report.write_report(path, draw_plan=fail)
+    assert capsys.readouterr().err == "no plan.png in the report: no such plan\n"
+    assert "![curves](curves.png)" in (path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("solved", [0, 1, 5])
+@pytest.mark.parametrize("failed", [0, 1, 2, 3, 4, 9])
+def test_some_attempts_are_the_first_solved_and_failures_from_all_parts(solved, failed):
+    wrong = [attempt(str(n), "-1") for n in range(failed)]
+    right = [attempt("33") for _ in range(solved)]
+    some = report.some_of(wrong + right)
+    assert [a for a in some if a.correct] == right[:1]
+    shown = [int(a.output) for a in some if not a.correct]
+    assert len(shown) == min(2, failed) and shown == sorted(set(shown))
+    assert not shown or shown[0] == 0 and shown[-1] >= failed // 2

@@ -179,6 +179,7 @@ def test_characters_are_shown_when_they_are_complete(capsys):
         (["--start=0123456789abc"], "13 tokens does not fit"),
         (["--start=FILE:nowhere.txt"], "nowhere.txt"),
         (["--top_p=2"], "top_p=2.0"),
+        (["--seed=99999999999999999999"], "seed='99999999999999999999'"),
         (["--temperatur=2"], "did you mean 'temperature'?"),
         (["--device=gpu"], "device=gpu"),
     ],

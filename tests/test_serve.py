@@ -19,7 +19,7 @@ import pytest
 import requests
 import torch
 import uvicorn
-from conftest import ROOT
+from conftest import DENSE, ROOT
 
 import checkpoint
 import serve
@@ -30,7 +30,7 @@ from tokenizer import ByteTokenizer, CharTokenizer
 
 BYTES = ByteTokenizer()
 ABOUT = {"run": "here", "step": 0, "dataset": "sums", "parameters": 0, "context": 64, "dag_steps": 2}
-ABOUT |= {"operations": ["add"], "max_new_tokens": 50, "examples": ["12+34="]}
+ABOUT |= {"operations": ["add"], "plans": True, "gate": True, "max_new_tokens": 50, "examples": ["12+34="]}
 
 
 @functools.cache
@@ -162,7 +162,7 @@ def test_a_text_longer_than_the_context_goes_on(tiny_gpt):
         answer = ask(url, "1+1=", max_new_tokens=50, temperature=1, seed=1).json()
     assert [token["probability"] is not None for token in answer["tokens"]] == [False] + [True] * 53
     assert all(0 <= token["gate"] < 1 for token in answer["tokens"][1:])
-    assert min(number["first"] for number in answer["thoughts"] + answer["unplanned"]) >= 54 - 16
+    assert min(number["first"] for number in answer["thoughts"] + answer["unplanned"]) == 0
     assert len(answer["text"]) == 54 and not answer["ended"]
 
 
@@ -180,6 +180,14 @@ def test_the_model_describes_itself(tiny_gpt):
     assert about.keys() == ABOUT.keys()
     assert about["examples"] == ["12+7*3=", "To be, or not to be"]
     assert (about["operations"], about["context"]) == (["add", "identity"], 16)
+    kinds = dict(dag_depth=0), dict(), DENSE["token"], dict(DENSE["token"], dag_gate=False)
+    told = [serve.describe("", tiny_gpt(**fields), tokenizer, saved, config) for fields in kinds]
+    assert [(one["plans"], one["gate"]) for one in told] == [
+        (False, False),
+        (True, True),
+        (False, True),
+        (False, False),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -226,6 +234,11 @@ def test_a_body_is_limited(url):
     assert ask(url, "1" * 70_000).status_code == 413
     chunks = iter([b'{"prompt": "1"}'])
     assert requests.post(f"{url}/generate", data=chunks, timeout=20).status_code == 411
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20) as other:
+        head = "POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        both = "Content-Length: 2\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+        other.sendall(f"{head}{both}{70_000:x}\r\n{' ' * 70_000}\r\n0\r\n\r\n".encode())
+        assert other.recv(12) == b"HTTP/1.1 411"
 
 
 @pytest.mark.parametrize(

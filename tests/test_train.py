@@ -130,7 +130,7 @@ def test_metrics_hold_losses_speed_and_what_the_dag_does(run):
     assert 0 < metrics("run", "dag/gate_mean")[4] < 1
     assert metrics("run", "dag/gradient_norm/planner")[4] > 0
     assert metrics("run", "dag/gradient/final_hidden").keys() == {0, 2, 4}
-    assert metrics("run", "dag/own_plan_computes").keys() == {1, 2, 3, 4}  # of training, at every line
+    assert metrics("run", "dag/own_plan_explains").keys() == {1, 2, 3, 4}  # of training, at every line
     run_card = json.loads(Path("run/run.json").read_text())
     for n, probe in enumerate(run_card["probes"]):
         assert metrics("run", f"probe/{n}/gate").keys() == {0, 2, 4} and "=" in probe
@@ -319,6 +319,16 @@ def test_a_diverging_run_stops_with_an_error_and_keeps_the_good_checkpoint(run):
     assert kept.step == 0 and all(tensor.isfinite().all() for tensor in kept.model.values())
 
 
+def test_a_run_ends_with_a_report_that_resuming_it_for_nothing_keeps(run):
+    run("--max_iters=2", "--eval_problems=12", "--out_dir=run")
+    folder = Path("run")
+    report = (folder / "report.md").read_text()
+    assert "## Problems" in report and "![curves](curves.png)" in report
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "already at step 2" in run("--init_from=resume", "--out_dir=run")
+    assert (folder / "report.md").read_text() == report
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends_cleanly(data_dir, tmp_path, number):
     command = [
@@ -342,6 +352,7 @@ def test_a_signal_saves_and_ends_cleanly(data_dir, tmp_path, number):
     assert process.returncode == 0
     saved = checkpoint.load(tmp_path / "run", "last")
     assert f"saving at step {saved.step}" in rest and saved.step >= 3
+    assert saved.progress["minutes"] == list(metrics(tmp_path / "run", "train/minutes").values())[-1] > 0
     assert "sample.py --out_dir=run --checkpoint=last" in rest
     assert rest.rstrip().endswith("--init_from=resume --out_dir=run")  # not a shorter run
 

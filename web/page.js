@@ -25,7 +25,7 @@ function percent(p) {
 // ---------------------------------------------------------------------------------------------------
 // asking
 
-let model = { dag_steps: 0 };
+let model = { plans: false, gate: false };
 let running = new AbortController();
 
 async function run() {
@@ -74,10 +74,11 @@ async function* events(request, signal) {
 
 function show(answer) {
   const spans = answer.tokens.map((token, i) => {
-    const title = token.gate === null ? "" : `gate ${percent(token.gate)}, probability ${percent(token.probability)}`;
+    const gate = model.gate ? `gate ${percent(token.gate)}, ` : "";
+    const title = token.gate === null ? "" : `${gate}probability ${percent(token.probability)}`;
     const written = i < answer.prompt_tokens ? "token prompt" : "token";
     const span = html("span", { class: written, title, "data-token": i }, token.text);
-    span.style.setProperty("--gate", token.gate ?? 0);
+    span.style.setProperty("--gate", model.gate ? (token.gate ?? 0) : 0);
     return span;
   });
   const parts = [];
@@ -133,6 +134,7 @@ function unexplained(number, { tokens, prompt_tokens }) {
   const told = ["The model wrote this number like any word."];
   if (number.first < prompt_tokens) told[0] = "You wrote this number.";
   if (!model.dag_steps) told.push("It has no DAG.");
+  else if (!model.plans) told.push("Its DAG does not plan over the numbers of the text.");
   else if (number.reason) told.push(`Nothing was planned: ${number.reason}.`);
   const expected = tokens[number.first].likeliest.slice(0, 5);
   const panel = [html("p", {}, told.join(" "))];
@@ -273,10 +275,11 @@ function describe() {
     "Trained on": model.dataset,
     Parameters: model.parameters.toLocaleString("en"),
     Context: `${model.context} tokens`,
-    Plans: model.dag_steps ? steps : "none, this is a plain GPT",
+    DAG: model.dag_steps ? steps : "none, this is a plain GPT",
   };
   for (const [name, fact] of Object.entries(facts)) $("facts").append(html("dt", {}, name), html("dd", {}, fact));
-  for (const node of document.querySelectorAll(".dag")) node.hidden = !model.dag_steps;
+  for (const node of document.querySelectorAll(".planning")) node.hidden = !model.plans;
+  for (const node of document.querySelectorAll(".gate")) node.hidden = !model.gate;
   $("length").max = model.max_new_tokens;
   $("length").value = Math.min($("length").value, model.max_new_tokens);
   for (const example of model.examples) {

@@ -29,7 +29,7 @@ for seed in ${SEEDS:-1 2 3}; do
         if [ ! -f "$run/scores.json" ]; then
             rm -rf "$run"
             # shellcheck disable=SC2086
-            python ${arms[$arm]} --seed="$seed" --out_dir="$run"
+            python ${arms[$arm]} --seed="$seed" --eval_interval=200 --out_dir="$run"
             python evaluate.py --out_dir="$run" --suite=all --json="$run/scores.json"
         fi
         if [ "$arm" != labelled ] && [ ! -f "$out/$arm.cost" ]; then # bench.py knows no labels

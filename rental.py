@@ -1,0 +1,606 @@
+"""The life of one rented machine: launch, prepare, train, fetch, terminate, and make sure that it is gone.
+
+    rental = Rental(api, ledger, run, signals)
+    with ledger.hold(run.name):
+        exit_code = rental.live(offers)      # blocks for hours; terminates whatever happens in between
+
+What happens is written down before it is done (ledger.py), and every step can be repeated, so that whoever takes over
+goes on where the last process was cut off. Two processes know of a machine:
+
+    the service     holds the run's lock, does the work, and terminates the machine at the end
+    the watchdog    outlives the terminal. Where the lock is free it takes over: a training that runs is followed to
+                    its end, anything before is terminated. A minute after the deadline it terminates, lock or not,
+                    and it does not stop trying
+
+What neither can cover: both machines dead, or this one without a network. The service has no time to live and goes on
+billing until it is asked to terminate; shutting the machine down from inside does not end that.
+"""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from lambda_api import CONSOLE, Api, ApiError, Instance, InstanceType, NoCapacity, Refused, Unanswered, redact
+from ledger import Ledger, Run
+from machine import ConnectionLost, LocalDiskFull, Machine, MachineError, Poll
+
+ROOT = Path(__file__).parent
+MINUTE, HOUR = 60, 3600
+TAG = "nanogpt-dag-run"  # of every machine launched here; its value is the run's name
+
+
+def remote_folder(name: str) -> str:
+    return f"nanogpt-dag/{name}"
+
+
+Offer = tuple[InstanceType, str]  # a type and a region that has one
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How a run can end other than by its training's own exit code
+
+
+class Ending(Exception):
+    """Says why, on one line; `code` is what the program exits with."""
+
+    code = 92  # the machine failed
+
+
+class NothingLaunched(Ending):
+    code = 91
+
+
+class MachineLost(Ending):
+    code = 92
+
+
+class OutOfTime(Ending):
+    code = 93
+
+
+class NotFetched(Ending):
+    code = 94
+
+
+class Stopped(Ending):
+    code = 130  # as after Ctrl-C
+
+
+class StillRunning(Ending):
+    """A machine may go on costing money. The only ending that a script must not ignore."""
+
+    code = 90
+
+
+class TerminateNow(BaseException):
+    """A person has asked twice: no fetching any more."""
+
+
+class Detached(Exception):
+    """The person leaves; the watchdog goes on."""
+
+
+class Signals:
+    """INT, TERM and HUP. The first asks for an orderly end, another one to terminate now.
+
+    The kernel, a shell and a login manager may each send one when a terminal is closed: HUP never counts twice,
+    nor does anything within half a second of the first.
+    """
+
+    def __init__(self):
+        self.count, self.first, self.protected = 0, 0.0, False
+
+    def install(self) -> "Signals":
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._received)
+        return self
+
+    def _received(self, number, frame) -> None:
+        if not self.count:
+            self.count, self.first = 1, time.monotonic()
+        elif number != signal.SIGHUP and time.monotonic() - self.first > 0.5:
+            self.count = 2
+
+    @contextmanager
+    def none(self):
+        """Inside, nothing is interrupted: a request that costs money, or the one that ends the costs."""
+        before, self.protected = self.protected, True
+        try:
+            yield
+        finally:
+            self.protected = before
+
+    def check(self, patient: bool = False) -> None:
+        """Raises what was asked for; `patient` where a first signal is answered by somebody else."""
+        if self.protected:
+            return
+        if self.count > 1:
+            raise TerminateNow
+        if self.count and not patient:
+            raise Stopped("stopped by a signal")
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Rental:
+    """One run, and what is known about it; `run` is always the newest state."""
+
+    def __init__(self, api: Api, ledger: Ledger, run: Run, signals: Signals, echo: bool = True):
+        self.api, self.ledger, self.run, self.signals, self.echo = api, ledger, run, signals, echo
+        self.clock, self.machine, self.troubles = api.clock, None, 0
+
+    # ------------------------------------------------------------------------------------ small things
+
+    def update(self, **changes) -> None:
+        """A full disk must not keep us from terminating: memory knows, and the next update tries again."""
+        self.run = replace(self.run, **changes)
+        try:
+            self.ledger.save(self.run)
+        except OSError as error:
+            if not self.run.launched:
+                raise
+            self.say(f"the ledger cannot be written ({error.strerror}): do not end this program by force")
+
+    def say(self, line: str) -> None:
+        line = redact(f"{time.strftime('%H:%M:%S')} {line}")
+        self.write("service.log", f"{line}\n".encode())
+        if self.echo:
+            show(f"{line}\n")
+
+    def write(self, name: str, data: bytes) -> None:
+        try:
+            with open(self.ledger.path(self.run.name, name), "ab") as file:
+                file.write(data)
+        except OSError:
+            return  # a full disk; the terminal has it, and for train.log the machine does
+
+    def pause(self, seconds: float, patient: bool = False) -> None:
+        until = self.clock.after(seconds)
+        while (left := until - self.clock.now()) > 0:
+            self.signals.check(patient)
+            time.sleep(min(0.2, left))
+        self.signals.check(patient)
+
+    @property
+    def cost(self) -> float:
+        """Dollars so far, counted from the request; the service bills from the first healthy minute."""
+        if not self.run.launched:
+            return 0.0
+        return self.clock.seconds_since(self.run.launched) / HOUR * self.run.price
+
+    def so_far(self) -> str:
+        return f"{self.clock.seconds_since(self.run.launched) / MINUTE:.0f} min, ${self.cost:.2f} so far"
+
+    # ------------------------------------------------------------------------------------------- launch
+
+    def launch(self, offers: Callable[[], Iterable[Offer]], wait_minutes: float) -> None:
+        """A machine of the first offer that is really to be had."""
+        until = self.clock.after(wait_minutes * MINUTE)
+        while True:
+            for kind, region in offers():
+                self.signals.check()
+                try:
+                    return self.request(kind, region)
+                except NoCapacity:
+                    self.say(f"no capacity for {kind.name} in {region}")
+            if self.clock.now() >= until:
+                raise NothingLaunched("no capacity: name more types or regions, or --wait-capacity=MINUTES")
+            self.say("no capacity anywhere: looking again in half a minute")
+            self.pause(30)
+
+    def request(self, kind: InstanceType, region: str) -> None:
+        """Asks once. Where the answer is lost, looks for the machine instead of asking again."""
+        price = kind.price_cents_per_hour / 100
+        hours = min(
+            self.run.max_hours, self.run.max_cost / price if self.run.max_cost else self.run.max_hours
+        )
+        present = [machine.id for machine in self.api.instances()]
+        family = self.run.image_family or self.newest_stack(region)
+        self.signals.check()
+        self.update(
+            **dict(phase="launching", instance_type=kind.name, region=region, gpus=kind.gpus, price=price),
+            **dict(launched=self.clock.now(), deadline=self.clock.after(hours * HOUR), strangers=present),
+            stop_at=self.clock.after(hours * HOUR - min(10 * MINUTE, hours * HOUR / 10)),
+        )
+        self.say(f"launching {kind.name} in {region} as {self.run.name}")
+        with self.signals.none():
+            try:
+                machine_id = self.api.launch(
+                    name=self.run.name,
+                    region=region,
+                    instance_type=kind.name,
+                    ssh_key=self.run.ssh_key,
+                    tags={TAG: self.run.name},
+                    image_family=family,
+                    file_systems=self.run.file_systems,
+                )
+            except Refused:
+                self.update(phase="planned", launched=0.0)
+                raise
+            except Unanswered as error:
+                self.say(f"the answer to the launch was lost ({error}): looking for the machine by its name")
+                machine_id = self.adopt()
+            self.update(phase="booting", instance_id=machine_id)
+
+    def newest_stack(self, region: str) -> str | None:
+        """Images differ between regions unless their family is named."""
+        families = {image.family for image in self.api.images() if image.region == region}
+        return max((family for family in families if family.startswith("lambda-stack")), default=None)
+
+    def ours(self) -> list[Instance]:
+        """Machines that can only have come from our request, whatever we were answered."""
+        run = self.run
+        found = [machine for machine in self.api.instances() if machine.id not in run.strangers]
+        found = [m for m in found if m.id == run.instance_id or m.name == run.name]
+        return [machine for machine in found if machine.status != "terminated"]
+
+    def adopt(self) -> str:
+        """The id of the one machine that has our name; it may take a while to be listed."""
+        until = self.clock.after(3 * MINUTE)
+        while self.clock.now() < until:
+            self.clock.sleep(5)
+            try:
+                found = self.ours()
+            except ApiError as error:
+                self.say(str(error))
+                continue
+            if len(found) > 1:
+                raise MachineLost(f"{len(found)} machines came of one request: none is used")
+            if found:
+                return found[0].id
+        raise MachineLost("the launch was never answered, and no machine of that name is listed")
+
+    # ------------------------------------------------------------------------------------------ prepare
+
+    def wait_active(self) -> str:
+        """Its address."""
+        until = self.run.launched + self.clock.second * self.run.boot_timeout * MINUTE
+        while self.clock.now() < min(until, self.run.deadline):
+            machine = self.api.instance(self.run.instance_id)
+            self.require_alive(machine)
+            if machine and machine.status == "active" and machine.ip:
+                return machine.ip
+            self.pause(5)
+        raise MachineLost(f"not active after {self.clock.seconds_since(self.run.launched) / MINUTE:.0f} min")
+
+    def require_alive(self, machine: Instance | None) -> None:
+        if machine is None and self.clock.seconds_since(self.run.launched) < 3 * MINUTE:
+            return  # not listed yet
+        status = machine.status if machine else "gone"
+        if status not in ("booting", "active"):
+            raise MachineLost(f"the machine is {status}")
+
+    def connect(self) -> Machine:
+        folder = self.ledger.path(self.run.name)
+        return Machine(
+            host=self.wait_active(),
+            identity=Path(self.run.identity) if self.run.identity else None,
+            known_hosts=folder / "known_hosts",
+            folder=remote_folder(self.run.name),
+            clock=self.clock,
+            say=self.say,
+            cancelled=self.cancelled,
+        )
+
+    def cancelled(self) -> bool:
+        """Whether what runs over ssh now should be broken off."""
+        if self.signals.protected:
+            return False
+        wanted = 2 if self.run.has_reached("training") else 1
+        return self.signals.count >= wanted or self.clock.now() > self.run.deadline
+
+    def prepare(self, files: list[str], secrets: dict[str, str]) -> None:
+        """Everything may be there already, from a process that was cut off."""
+        self.say(f"waiting for {self.run.instance_type} {self.run.instance_id} to boot")
+        self.machine = self.connect()
+        self.update(phase="preparing")
+        self.machine.wait_reachable(self.run.launched + self.clock.second * self.run.boot_timeout * MINUTE)
+        self.say(f"uploading {len(files)} files")
+        self.machine.upload(ROOT, files)
+        for name, value in secrets.items():
+            self.machine.secret(name, value)
+        self.say("installing what training needs")
+        self.say(self.machine.setup(device=self.run.device))
+        self.signals.check()
+        self.machine.start(self.run.arguments, self.run.gpus)
+        self.update(phase="training")
+        self.say(f"training: {' '.join(self.run.arguments)}")
+
+    # ------------------------------------------------------------------------------------------- follow
+
+    def follow(self) -> int:
+        """The training's exit code. Shows what it prints, fetches its files now and then, and stops it when a person
+        asks for that or the time is up.
+        """
+        ending, give_up, told = None, self.run.deadline, False
+        pull_at, look_at = self.clock.after(self.run.pull_every * MINUTE), self.clock.after(MINUTE)
+        while True:
+            poll = self.poll()
+            if poll and poll.is_over and self.run.log_offset >= poll.size:
+                self.update(exit_code=137 if poll.exit_code is None else poll.exit_code)
+                break
+            if ending is None and (ending := self.reason_to_stop()):
+                self.say(f"{ending}: the training is asked to save and stop")
+                give_up = min(give_up, self.clock.after(3 * MINUTE))
+            if ending and poll and not told:  # once: a second TERM would cut off the saving
+                self.machine.stop()
+                told = True
+            if self.clock.now() > give_up:
+                raise ending or OutOfTime("out of time")
+            if self.clock.now() > pull_at:
+                self.try_to_pull()
+                pull_at = self.clock.after(self.run.pull_every * MINUTE)
+            if self.clock.now() > look_at:
+                self.look()
+                look_at = self.clock.after(MINUTE)
+            if not poll or self.run.log_offset >= poll.size:
+                self.pause(5, patient=True)
+        if ending:
+            raise ending
+        return self.run.exit_code
+
+    def poll(self) -> Poll | None:
+        """What is new in the log is shown and kept; None without a connection."""
+        try:
+            self.machine = self.machine or self.connect()
+            poll = self.machine.poll(self.run.log_offset)
+        except (ConnectionLost, ApiError) as error:
+            self.trouble(error)
+            return None
+        self.troubles = 0
+        if poll.log:
+            self.write("train.log", poll.log)
+            if self.echo:
+                show(redact(poll.log.decode(errors="replace")))
+            self.update(log_offset=self.run.log_offset + len(poll.log))
+        return poll
+
+    def trouble(self, error: Exception) -> None:
+        self.troubles += 1
+        if self.troubles in (1, 10, 100, 1000):
+            self.say(f"{error}: trying again until {clock_time(self.run.deadline)}")
+
+    def reason_to_stop(self) -> Ending | None:
+        if self.clock.now() > self.run.stop_at:
+            return OutOfTime("the time is up")
+        if not self.signals.count:
+            return None
+        if self.echo and sys.stdin.isatty() and wants_to_detach(self.signals, self.run.deadline):
+            raise Detached
+        return Stopped("stopped by a signal")
+
+    def look(self) -> None:
+        try:
+            self.require_alive(self.api.instance(self.run.instance_id))
+        except ApiError as error:
+            self.trouble(error)
+
+    def try_to_pull(self) -> None:
+        try:
+            self.machine.pull(Path(self.run.out_dir))
+            self.say(f"fetched; {self.so_far()}")
+        except (ConnectionLost, LocalDiskFull) as error:
+            self.trouble(error)
+
+    def fetch(self, minutes: float = 10) -> None:
+        """All that there is, with patience: afterwards the machine and its disk are gone."""
+        until = min(self.clock.after(minutes * MINUTE), max(self.run.deadline, self.clock.after(MINUTE)))
+        self.update(phase="fetching")
+        while True:
+            try:
+                self.machine = self.machine or self.connect()
+                return self.machine.pull(Path(self.run.out_dir))
+            except (MachineError, ApiError) as error:
+                problem = error
+            if self.clock.now() > until:
+                raise NotFetched(f"not everything was fetched: {problem}")
+            self.trouble(problem)
+            self.pause(10, patient=True)
+
+    # ------------------------------------------------------------------------------------- the end of it
+
+    def live(
+        self,
+        offers: Callable[[], Iterable[Offer]],
+        wait_minutes: float,
+        files: list[str],
+        secrets: dict[str, str],
+        detach: bool = False,
+    ) -> int:
+        """From nothing to the exit code of the training, with the machine gone or kept as asked."""
+
+        def work() -> int:
+            self.launch(offers, wait_minutes)
+            self.prepare(files, secrets)
+            if detach:
+                raise Detached
+            return self.follow()
+
+        return self.conclude(work)
+
+    def take_over(self) -> int:
+        """Goes on where the process that looked after it was cut off."""
+
+        def work() -> int:
+            if self.run.kept_until:
+                raise OutOfTime("kept as long as was asked for")
+            if self.run.phase in ("training", "fetching"):
+                return self.follow()
+            raise MachineLost(f"cut off while {self.run.phase}")
+
+        return self.conclude(work)
+
+    def conclude(self, work: Callable[[], int]) -> int:
+        """Does the work, and whatever comes of it, ends the rental. The exit code."""
+        try:
+            code = work()
+            return self.end(code, f"the training ended with exit code {code}")
+        except Detached:
+            self.update(detached=True)
+            self.say(
+                f"detached; the machine is terminated after the training, or {clock_time(self.run.deadline)}"
+            )
+            return 0
+        except TerminateNow:
+            return self.end(Stopped.code, "terminated at once, as asked", fetch=False)
+        except Ending as ending:
+            return self.end(ending.code, str(ending))
+        except (MachineError, ApiError) as error:
+            return self.end(MachineLost.code, str(error))
+        except BaseException:  # a mistake of ours costs the person no money
+            self.end(MachineLost.code, "an internal error", fetch=False)
+            raise
+
+    def end(self, code: int, outcome: str, fetch: bool = True) -> int:
+        self.say(outcome)
+        if fetch and self.run.has_reached("training"):
+            try:
+                self.fetch()
+            except NotFetched as problem:
+                self.say(str(problem))
+                code = code or problem.code
+            except TerminateNow:
+                self.say("not everything was fetched: terminated at once, as asked")
+        if self.keeps(code):
+            self.say(
+                f"the machine is kept until {clock_time(self.run.kept_until)}, ${self.run.price:.2f} an hour"
+            )
+            return code
+        try:
+            self.terminate()
+        except StillRunning as problem:
+            self.say(str(problem))
+            return problem.code
+        launched = self.run.launched
+        self.update(phase="gone", outcome=outcome, code=code, ended=self.clock.now())
+        self.say(f"the machine is gone, about ${self.cost:.2f}" if launched else "nothing was launched")
+        return code
+
+    def keeps(self, code: int) -> bool:
+        """Whether the machine stays for a while, as asked for; its watchdog terminates it then."""
+        asked = self.run.keep and code == 0 or self.run.keep_on_failure and code not in (0, Stopped.code)
+        if not (asked and self.run.instance_id) or self.run.kept_until:
+            return False
+        until = self.run.deadline
+        if code:
+            until = min(until, self.clock.after(self.run.keep_on_failure * MINUTE))
+        self.update(kept_until=until)
+        return until > self.clock.now()
+
+    def terminate(self) -> None:
+        """Returns when the machine is gone, or none ever was. StillRunning where that could not be seen."""
+        if not self.run.launched:
+            return
+        until = self.clock.after(15 * MINUTE if self.run.instance_id else 5 * MINUTE)
+        with self.signals.none():
+            self.update(phase="terminating")
+            self.say("terminating")
+            problem = None
+            while True:
+                try:
+                    if self.is_gone():
+                        return
+                except ApiError as error:
+                    problem = error
+                if self.clock.now() > until:
+                    raise StillRunning(self.warning(problem))
+                self.clock.sleep(5)
+
+    def is_gone(self) -> bool:
+        """Asks for the end of whatever is still there."""
+        alive = {machine.id: machine.status for machine in self.ours()}
+        if self.run.instance_id and self.run.instance_id not in alive:
+            machine = self.api.instance(self.run.instance_id)
+            is_new = (
+                self.clock.seconds_since(self.run.launched) < 3 * MINUTE
+            )  # not listed does not mean not there
+            if machine and machine.status != "terminated" or machine is None and is_new:
+                alive[self.run.instance_id] = machine.status if machine else "not listed"
+        if ids := [machine_id for machine_id, status in alive.items() if status != "terminating"]:
+            self.api.terminate(ids)
+        if alive:
+            return False
+        return bool(self.run.instance_id) or self.clock.seconds_since(self.run.launched) > 30 * MINUTE
+
+    def warning(self, problem: Exception | None) -> str:
+        run = self.run
+        which = f"{run.instance_type} {run.instance_id or 'of unknown id'} ({run.name}, {run.region})"
+        why = f" ({problem})" if problem else ""
+        return (
+            f"A MACHINE MAY STILL BE RUNNING: {which}, ${run.price:.2f} an hour, could not be seen to be gone{why}. "
+            f"Terminate it at {CONSOLE}; `python lambda_service.py terminate {run.name}` tries again"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The terminal
+
+
+def show(text: str) -> None:
+    """Prints, also where the terminal is gone: that must not keep us from terminating."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
+def clock_time(epoch: float) -> str:
+    day = "%H:%M" if time.strftime("%x") == time.strftime("%x", time.localtime(epoch)) else "%a %H:%M"
+    return time.strftime(day, time.localtime(epoch))
+
+
+def wants_to_detach(signals: Signals, deadline: float, seconds: float = 15) -> bool:
+    """Asks the person at the terminal; silence, or another Ctrl-C, means no."""
+    show(
+        f"\nCtrl-C: [s]top training, fetch, terminate, or [d]etach and leave it running until {clock_time(deadline)} "
+        f"at the latest? s in {seconds:.0f} s: "
+    )
+    until = time.monotonic() + seconds
+    while signals.count < 2 and (left := until - time.monotonic()) > 0:
+        if select.select([sys.stdin], [], [], min(0.2, left))[0]:
+            return sys.stdin.readline().strip().lower().startswith("d")
+    return False
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The watchdog
+
+
+def watch(rental: Rental) -> None:
+    """Returns when the machine is gone, and not before."""
+    ledger, name = rental.ledger, rental.run.name
+    with ledger.hold(name, "watchdog.lock") as ours:
+        while ours and not rental.run.is_over:
+            with ledger.hold(name) as free:
+                rental.run = ledger.load(name)  # not before: the service may just have ended it
+                if free and not rental.run.is_over and rental.clock.now() >= rental.run.kept_until:
+                    rental.take_over()
+            overdue = rental.clock.seconds_since(rental.run.deadline) > MINUTE
+            if not free and rental.run.launched and overdue:
+                rental.end(OutOfTime.code, "the service has not terminated at its deadline", fetch=False)
+            rental.clock.sleep(5)
+
+
+def start_watchdog(ledger: Ledger, name: str, seconds: float = 20) -> None:
+    """Leaves a watchdog running that outlives this process. MachineError where it does not come up."""
+    if ledger.is_held(name, "watchdog.lock"):
+        return
+    command = [sys.executable, str(ROOT / "lambda_service.py"), "watch", name]
+    with open(ledger.path(name, "watchdog.log"), "ab") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=ROOT
+        )
+    until = time.monotonic() + seconds
+    while not ledger.is_held(name, "watchdog.lock"):
+        if process.poll() is not None or time.monotonic() > until:
+            raise ValueError(f"no watchdog, so nothing is launched: see {ledger.path(name, 'watchdog.log')}")
+        time.sleep(0.05)

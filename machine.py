@@ -1,6 +1,6 @@
 """A rented machine over ssh and rsync: bring the code there, train, follow the log, fetch the run.
 
-    machine = Machine(host="192.0.2.7", known_hosts=folder / "known_hosts", folder="nanogpt-dag/x", clock=clock)
+    machine = Machine(host="192.0.2.7", known_hosts=state / "known_hosts", folder="nanogpt-dag/x")
     machine.wait_reachable(deadline)
     machine.upload(root, ["train.py", ...])
     print(machine.setup())                  # "1 x NVIDIA A10 (22 GiB); torch 2.7.0 with CUDA 12.8; ..."
@@ -9,11 +9,12 @@
         offset += len(poll.log)
     machine.pull(Path("out/x"))
 
-What happens there is runs/on_machine.sh. Every method may be called again after a ConnectionLost: nothing is done
-twice. The training does not know of connections, and its exit code comes from a file: ssh's own 255 can mean anything.
+What happens there is runs/on_machine.sh. Every method may be called again after a ConnectionLost: nothing is
+done twice. The training does not know of connections, and its exit code comes from a file: ssh's own 255 can
+mean anything.
 
-Programs run in sessions of their own, so that Ctrl-C at the terminal stops none of them half-way (`cancelled` does),
-and without this computer's keys in their environment.
+Programs run in sessions of their own, so that Ctrl-C at the terminal stops none of them half-way (`cancelled`
+does), and without this computer's keys in their environment.
 """
 
 import errno
@@ -37,7 +38,7 @@ CHECKPOINT = re.compile(r"(last|best)-(\d{8,})")
 KEEP = 2  # checkpoints of a kind, as train.py does
 WATCH_SECONDS = 0.2  # how often `cancelled` is asked
 RSYNC_LOST = (10, 12, 30, 35, 255)  # socket, protocol, timeouts, ssh's own
-RSYNC_VANISHED = 24
+RSYNC_WRITE, RSYNC_VANISHED = 11, 24
 RSYNC_CHANGED = (23, RSYNC_VANISHED)  # some files could not be read or written, some have vanished
 RSYNC_NOISE = ("rsync error:", "rsync: connection unexpectedly closed")  # said after the reason
 HOST_KEY = ("REMOTE HOST IDENTIFICATION HAS CHANGED", "Host key verification failed")
@@ -143,7 +144,7 @@ class Machine:
         return ["ssh", *words, *key, "-p", str(self.port), f"{self.user}@{self.host}"]
 
     def ssh(self, command: str, stdin: bytes = b"", timeout: float = 60) -> Done:
-        """What the command answered, within `timeout` real seconds; its exit code is never 255, that is ssh's."""
+        """What the command answered, within `timeout` real seconds. Its exit code is never ssh's 255."""
         done = self._run([*self.ssh_argv(), command], stdin, timeout)
         if done.code == 255:
             raise self._lost(done)
@@ -199,13 +200,13 @@ class Machine:
     def _lost(self, done: Done) -> MachineError:
         if any(sign in done.err for sign in HOST_KEY):
             return HostKeyChanged(
-                f"the host key of {self.host} is not the one of the first connection: another machine has its address "
-                f"now, or somebody is listening in between. Nothing was sent there"
+                f"the host key of {self.host} is not the one of the first connection: another machine has "
+                f"its address now, or somebody is listening in between. Nothing was sent there"
             )
         if "Permission denied (" in done.err:
             return ConnectionLost(
-                f"{self.user}@{self.host} takes no key of ours (soon after boot, not yet): if it stays so, the private "
-                f"half of the registered key is not here, or is locked: ssh-add it"
+                f"{self.user}@{self.host} takes no key of ours (soon after boot, not yet): if it stays so, "
+                f"the private half of the registered key is not here, or is locked: ssh-add it"
             )
         return ConnectionLost(f"no connection to {self.host}: {done.complaint or 'it broke'}")
 
@@ -218,7 +219,7 @@ class Machine:
         self._rsync(listed, "code", MachineError, names)
 
     def secret(self, name: str, value: str) -> None:
-        """For the environment of the training that `start` starts; only its owner can read the file, and once."""
+        """For the environment of the training. Only its owner can read the file, until `start` removes it."""
         if not value.isprintable() or not name.isidentifier():
             raise MachineError(f"{name} holds a line break or something else that no key has")
         store = f"umask 077 && mkdir -p {self._there}/secrets && cd {self._there}/secrets"
@@ -226,17 +227,13 @@ class Machine:
 
     def setup(self, torch_minimum: str = "2.6", device: str = "auto", timeout: float = 3600) -> str:
         """An environment with a PyTorch that really computes on every GPU. The line that describes it."""
-        return (
-            self._on_machine("setup", torch_minimum, device, timeout=timeout)
-            .decode()
-            .strip()
-            .splitlines()[-1]
-        )
+        said = self._on_machine("setup", torch_minimum, device, timeout=timeout).decode()
+        return said.strip().splitlines()[-1]
 
     # ------------------------------------------------------------------------------------------ the training
 
     def start(self, arguments: list[str], gpus: int) -> None:
-        """train.py with these arguments, and torchrun over several GPUs. Once a machine: a second start is none."""
+        """train.py with these arguments, by torchrun over several GPUs. A second start is none."""
         self._on_machine("start", str(gpus), *arguments)
 
     def poll(self, offset: int) -> Poll:
@@ -249,14 +246,14 @@ class Machine:
         return Poll(out[head.end() :], int(size), None if code == b"-" else int(code), state == b"running")
 
     def stop(self, grace: float = 120) -> None:
-        """Asks the training to save and end, once however often it is called, and does not wait. What is left after
-        `grace` seconds is killed.
+        """Asks the training to save and end, once however often it is called, and does not wait. What is left
+        after `grace` real seconds is killed.
         """
-        self._on_machine("stop", f"{grace * self.clock.second:.2f}")
+        self._on_machine("stop", f"{grace:g}")
 
     def pull(self, local: Path) -> None:
-        """Brings `local` up to date with the run's folder. Nothing is ever removed here because of what is missing
-        there: a checkpoint goes when two newer ones of its kind are here, whole.
+        """Brings `local` up to date with the run's folder. Nothing is ever removed here because of what is
+        missing there: a checkpoint goes when two newer ones of its kind are here, whole.
         """
         local = local.absolute()
         try:
@@ -289,7 +286,7 @@ class Machine:
         return f"{self.user}@{self.host}:{self.folder}/{there}/"
 
     def _rsync(self, arguments: list[str], there: str, full: type[MachineError], stdin: bytes = b"") -> None:
-        """`full` is what to raise where the receiving disk is."""
+        """`full` is raised where the receiving disk is."""
         ssh = self.ssh_argv()[:-1]
         # ssh begins in the account's folder, which is not always $HOME
         program = f"mkdir -p {self._there}/{there} && cd && rsync"
@@ -305,8 +302,9 @@ class Machine:
             done = self._run([*argv, *arguments], stdin)
         if done.code in (0, RSYNC_VANISHED):  # the run goes on while it is fetched
             return
-        if any(sign in done.err for sign in DISK_FULL):
-            raise full(f"{done.complaint}: free some space")
+        problem = re.search(f".*({'|'.join(DISK_FULL)}).*", done.err)
+        if problem or done.code == RSYNC_WRITE and not done.complaint:  # its reason is lost at times
+            raise full(f"{problem[0] if problem else 'rsync could not write, a full disk?'}: free some space")
         if re.search(r"rsync: (command )?not found", done.err):
             raise MachineError("rsync is not installed on the machine")
         if done.code in RSYNC_LOST:
@@ -342,7 +340,7 @@ def is_whole(folder: Path) -> bool:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         return all((folder / name).stat().st_size == about["size"] for name, about in manifest.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):  # missing, or no manifest at all
         return False
 
 

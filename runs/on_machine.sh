@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # One training run on a rented machine. machine.py uploads this file with the code and calls it over ssh.
 #
-#   bash runs/on_machine.sh setup 2.6 auto                   an environment with torch >= 2.6; describes it
-#   bash runs/on_machine.sh start 8 config/x.py --seed=1     trains on 8 GPUs, detached; only ever once
-#   bash runs/on_machine.sh poll 0                           its state, exit code, size of the log; the log from byte 0
-#   bash runs/on_machine.sh stop 120                         it saves and ends, or is killed after 120 s
-#   bash runs/on_machine.sh snapshot                         the folder to fetch the run from
+#   bash runs/on_machine.sh setup 2.6 auto                  an environment with torch >= 2.6; describes it
+#   bash runs/on_machine.sh start 8 config/x.py --seed=1    trains on 8 GPUs, detached; only ever once
+#   bash runs/on_machine.sh poll 0                          state, exit code, size of the log; the log
+#   bash runs/on_machine.sh stop 120                        it saves and ends, or is killed after 120 s
+#   bash runs/on_machine.sh snapshot                        the folder to fetch the run from
 #
-# In the folder above code/: venv/, secrets/, setup.log; of the training log, pid, exit_code and out/, its run folder.
-# Whether it runs is told by `lock`, which the kernel lets go of when the last of its processes is gone.
+# In the folder above code/: venv/, secrets/, setup.log; of the training log, pid, exit_code and out/, its run
+# folder. Whether it runs is told by `lock`: the kernel lets go of it when the last of its processes is gone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(cd .. && pwd)
@@ -44,15 +44,16 @@ setup() { # TORCH_MINIMUM DEVICE
     # what the tests want stands at the end of the file
     sed '/^# tests/,$d; /^torch\b/d' requirements-dev.txt >"$folder/requirements.txt"
     install -r "$folder/requirements.txt" || fail "pip: $(last_line "$log")"
-    echo "$computes; $(uname -m), $(nproc) cores, $(free_gib) GiB free"
+    echo "$computes; $(uname -m), $(nproc) cores, $(($(free_mib) / 1024)) GiB free"
 }
 
-free_gib() {
-    df -Pk "$folder" | awk 'NR == 2 {print int($4 / 1048576)}'
+free_mib() {
+    df -Pk "$folder" | awk 'NR == 2 {print int($4 / 1024)}'
 }
 
 need_space() { # GIB
-    [ "$(free_gib)" -ge "$1" ] || fail "the machine's disk is full: $(free_gib) GiB free, $1 are needed"
+    [ "$(free_mib)" -ge $(($1 * 1024)) ] ||
+        fail "the machine's disk is full: $(free_mib) MiB free, $1 GiB are needed"
 }
 
 last_line() { # FILE
@@ -72,14 +73,15 @@ def numbers(version):
     return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 print("found torch", torch.__version__, "with CUDA", torch.version.cuda)
-sys.exit(numbers(torch.__version__) < numbers(sys.argv[1]) or (sys.argv[2] != "cpu" and not torch.version.cuda))
+old = numbers(torch.__version__) < numbers(sys.argv[1])
+sys.exit(old or sys.argv[2] != "cpu" and not torch.version.cuda)
 END
 }
 
 install_torch() { # MINIMUM DEVICE
     local build=cpu driver
     need_space 12
-    if [ "$2" != cpu ]; then # the newest build that the driver takes; within CUDA 12 any driver takes any build
+    if [ "$2" != cpu ]; then # the newest build that the driver takes
         driver=$(nvidia-smi | sed -n 's/.*CUDA[A-Za-z ]*Version: *\([0-9]*\.[0-9]*\).*/\1/p' | head -n 1)
         case $driver in
             1[3-9].*) build=cu130 ;;
@@ -88,12 +90,13 @@ install_torch() { # MINIMUM DEVICE
             *) fail "the NVIDIA driver is too old: it knows CUDA ${driver:-?}, and 12 is needed" ;;
         esac
     fi
-    install "torch>=$1" --index-url "https://download.pytorch.org/whl/$build" ||
+    install --ignore-installed "torch>=$1" --index-url "https://download.pytorch.org/whl/$build" ||
         fail "no torch>=$1 ($build) for $(uname -m): $(last_line "$folder/setup.log")"
 }
 
 check_torch() { # DEVICE; a matrix product on every GPU, as a healthy nvidia-smi proves nothing
-    "$python" - "$1" 2>>"$folder/setup.log" <<'END' || fail "PyTorch does not compute: $(last_line "$folder/setup.log")"
+    local log=$folder/setup.log
+    "$python" - "$1" 2>>"$log" <<'END' || fail "PyTorch does not compute: $(last_line "$log")"
 import platform, sys
 import torch
 
@@ -137,7 +140,7 @@ run() { # GPUS ARGUMENT...
     [ "$gpus" -le 1 ] || trainer+=(-m torch.distributed.run --standalone --nproc_per_node="$gpus")
     export PYTHONUNBUFFERED=1
     mkdir -p "$folder/out"
-    head -c "$chunk" /dev/zero >"$folder/reserve" # so that the exit code finds room on a full disk
+    head -c "$chunk" /dev/zero >"$folder/reserve" # on a full disk the end must find some room
     trap : TERM INT HUP                           # a signal to all of us ends the training, not this
     (
         echo "$BASHPID $gpus" >"$folder/pid.part"
@@ -145,6 +148,7 @@ run() { # GPUS ARGUMENT...
         exec "${trainer[@]}" train.py "$@" --out_dir="$folder/out"
     ) || code=$?
     rm -f "$folder/reserve"
+    [ "$(free_mib)" -gt 2 ] || echo "error: the machine's disk is full"
     echo "$code" >"$folder/exit_code.part"
     mv "$folder/exit_code.part" "$folder/exit_code"
 }
@@ -184,19 +188,18 @@ tell() { # SIGNAL
     local pid gpus workers=
     read -r pid gpus <"$folder/pid"
     if [ "$gpus" -gt 1 ]; then # told itself, torchrun kills them after 30 s and calls that a failure
-        workers=$(cat "/proc/$pid/task/"*/children)
+        workers=$(cat "/proc/$pid/task/"*/children || true)
     fi
     # shellcheck disable=SC2086
-    kill -"$1" ${workers:-$pid}
+    kill -"$1" ${workers:-$pid} || true # it may have ended by itself just now
 }
 
 snapshot() {
-    # train.py removes old checkpoints while they are fetched. A copy made of links costs no space and stays.
+    # train.py removes old checkpoints while they are fetched; a copy made of links costs no space, and stays
     local source=out
-    if alive; then
-        rm -rf "$folder/snapshot"
-        ! cp -al "$folder/out" "$folder/snapshot" 2>/dev/null || source=snapshot
-    fi
+    if alive && rm -rf "$folder/snapshot" && cp -alT "$folder/out" "$folder/snapshot"; then
+        source=snapshot
+    fi 2>/dev/null # two may fetch at once
     echo "$source"
 }
 

@@ -16,7 +16,7 @@ ledger.py what is known about it, machine.py how it is talked to, lambda_api.py 
 The exit code is the training's, or one of
 
     90  a machine may still be running: the last lines name it     93  the time was up
-    91  nothing was launched: no capacity                          94  not everything could be fetched
+    91  nothing was launched: no capacity, or refused              94  not everything could be fetched
     92  the machine failed, and is gone                            130 stopped by you
 
 It needs requests, OpenSSH and rsync, and no PyTorch. With WANDB_API_KEY in the environment the machine gets that key
@@ -66,7 +66,7 @@ PRIVATE = (
 
 
 def say(line: str = "") -> None:
-    print(redact(line), flush=True)
+    show(f"{redact(line)}\n")
 
 
 def service() -> Api:
@@ -312,17 +312,19 @@ def train(options: argparse.Namespace) -> int:
     Path(run.out_dir).mkdir(parents=True)
     rental = Rental(api, ledger, run, Signals().install())
     with ledger.hold(name):
-        start_watchdog(ledger, name)
         code = rental.live(available, options.wait_capacity, files, keys, options.detach)
     farewell(rental, code)
     return code
 
 
 class Rehearsal(Machine):
-    """Says what would be run."""
+    """Says what would be run; ssh's options, the same every time, only once."""
 
     def _run(self, argv: list[str], stdin: bytes = b"", timeout: float | None = None) -> Done:
-        say(shlex.join(argv) + (f"  < {len(stdin)} bytes" if stdin else ""))
+        options = self.ssh_argv()[1:-1]
+        words = [word for word in argv if word not in options]
+        words = ["--rsh=ssh" if word.startswith("--rsh=") else word for word in words]
+        say(shlex.join(words) + (f"  < {len(stdin)} bytes" if stdin else ""))
         return Done(0, b"out\n", "")
 
 
@@ -344,6 +346,7 @@ def rehearse(run: Run, files: list[str], keys: dict[str, str], offer: Offer | No
     known_hosts = Ledger().path(run.name, "known_hosts")
     identity = Path(run.identity) if run.identity else None
     machine = Rehearsal("ADDRESS", known_hosts, remote_folder(run.name), identity)
+    say(f"ssh is short for {shlex.join(machine.ssh_argv()[:-1])}")
     machine.wait_reachable(time.time())
     machine.upload(ROOT, files)
     for name, value in keys.items():
@@ -352,6 +355,7 @@ def rehearse(run: Run, files: list[str], keys: dict[str, str], offer: Offer | No
     machine.start(run.arguments, kind.gpus if kind else 1)
     say("then the log every 5 s (`poll`), and every few minutes and at the end:")
     machine.pull(Path(run.out_dir))
+    Path(run.out_dir).rmdir()
     say('POST /instance-operations/terminate {"instance_ids": ["ID"]}, GET /instances/ID until it is gone')
     return 0
 
@@ -373,8 +377,8 @@ def announce(run: Run, files: list[str], first: Offer | None) -> None:
 def farewell(rental: Rental, code: int) -> None:
     run = rental.run
     results = Path(run.out_dir)
-    if not any(results.iterdir()):
-        results.rmdir()
+    if not results.is_dir() or not any(results.iterdir()):
+        shutil.rmtree(results, ignore_errors=True)
         say(f"log: {rental.ledger.path(run.name, 'service.log')}; exit code {code}")
         return
     say(f"results in {results}, log in {rental.ledger.path(run.name, 'train.log')}; exit code {code}")
@@ -385,7 +389,8 @@ def farewell(rental: Rental, code: int) -> None:
 def list_machines(options: argparse.Namespace) -> int:
     """Machines of the account, and runs that are not over."""
     api, ledger = service(), Ledger()
-    machines, runs = api.instances(), [run for run in ledger.runs() if not run.is_over]
+    machines = [machine for machine in api.instances() if machine.status != "terminated"]
+    runs = [run for run in ledger.runs() if not run.is_over]
     for name in ledger.damaged():
         say(f"damaged: {ledger.path(name)}; its machine, if any, is named {name}")
     rows = []
@@ -604,7 +609,11 @@ def parser() -> argparse.ArgumentParser:
         add("--max-price", type=positive, default=4.0, metavar="$", help="an hour, for auto [4]")
         add("--min-gpus", type=int, default=1, metavar="N", help="for auto [1]")
         add("--min-gpu-memory", type=positive, default=0.0, metavar="GB", help="of each GPU, for auto")
-        add("--identity", metavar="FILE", help="private key [LAMBDA_SSH_IDENTITY, or what fits in ~/.ssh or the agent]")
+        add(
+            "--identity",
+            metavar="FILE",
+            help="private key [LAMBDA_SSH_IDENTITY, or what fits in ~/.ssh or the agent]",
+        )
 
     listing = command("types", types, "what can be rented, cheapest first")
     listing.add_argument("--json", action="store_true")
@@ -678,11 +687,15 @@ def positive(text: str) -> float:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="replace")  # a letter that the terminal does not know ends no training
     options, rest = parser().parse_known_args()
     if rest and options.does not in (train, doctor):
         raise ValueError(f"unknown argument {rest[0]}: see --help")
     options.training = rest
-    sys.exit(options.does(options))
+    try:
+        sys.exit(options.does(options))
+    except KeyboardInterrupt:  # there are no Signals yet, so nothing was launched
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO
 
-PHASES = ("planned", "launching", "booting", "preparing", "training", "fetching", "terminating", "gone")
-
 
 @dataclass(frozen=True)
 class Run:
@@ -47,6 +45,7 @@ class Run:
     file_systems: list[str] = field(default_factory=list)
     image_family: str = ""  # "" is the newest lambda-stack of the region
 
+    # planned, launching, booting, preparing, training, fetching, terminating, gone
     phase: str = "planned"
     instance_type: str = ""
     region: str = ""
@@ -58,7 +57,9 @@ class Run:
     detached: bool = False  # the person has left, the watchdog looks after it
     instance_id: str = ""
     strangers: list[str] = field(default_factory=list)  # ids that were there before: never ours
+    adopted: bool = False  # the answer was lost, and the machine was found by its name
     launched: float = 0.0  # when the request was sent; 0 is never
+    started: float = 0.0  # when the training was
     log_offset: int = 0  # bytes of the training's output that are here
     exit_code: int | None = None  # of the training
     outcome: str = ""  # in words, once it is over
@@ -75,9 +76,6 @@ class Run:
     @property
     def is_over(self) -> bool:
         return self.phase == "gone"
-
-    def has_reached(self, phase: str) -> bool:
-        return PHASES.index(self.phase) >= PHASES.index(phase)
 
 
 def took(file: IO, seconds: float = 0.5) -> bool:

@@ -16,20 +16,33 @@ What neither can cover: both machines dead, or this one without a network. The s
 billing until it is asked to terminate; shutting the machine down from inside does not end that.
 """
 
+import ipaddress
 import os
 import select
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lambda_api import CONSOLE, Api, ApiError, Instance, InstanceType, NoCapacity, Refused, Unanswered, redact
+from lambda_api import (
+    CONSOLE,
+    Api,
+    ApiError,
+    Instance,
+    InstanceType,
+    NoCapacity,
+    Refused,
+    Unanswered,
+    launch_body,
+    redact,
+)
 from ledger import Ledger, Run
-from machine import ConnectionLost, LocalDiskFull, Machine, MachineError, Poll
+from machine import Cancelled, ConnectionLost, HostKeyChanged, Machine, MachineError, Poll
 
 ROOT = Path(__file__).parent
 MINUTE, HOUR = 60, 3600
@@ -47,7 +60,7 @@ Offer = tuple[InstanceType, str]  # a type and a region that has one
 # How a run can end other than by its training's own exit code
 
 
-class Ending(Exception):
+class Ending(ValueError):
     """Says why, on one line; `code` is what the program exits with."""
 
     code = 92  # the machine failed
@@ -136,6 +149,7 @@ class Rental:
     def __init__(self, api: Api, ledger: Ledger, run: Run, signals: Signals, echo: bool = True):
         self.api, self.ledger, self.run, self.signals, self.echo = api, ledger, run, signals, echo
         self.clock, self.machine, self.troubles = api.clock, None, 0
+        self.ssh_until = 0.0  # when what runs over ssh is broken off, where not at the deadline
 
     # ------------------------------------------------------------------------------------ small things
 
@@ -145,9 +159,8 @@ class Rental:
         try:
             self.ledger.save(self.run)
         except OSError as error:
-            if not self.run.launched:
-                raise
-            self.say(f"the ledger cannot be written ({error.strerror}): do not end this program by force")
+            warning = ": do not end this program by force" if self.run.launched else ""
+            self.say(f"the ledger cannot be written ({error.strerror}){warning}")
 
     def say(self, line: str) -> None:
         line = redact(f"{time.strftime('%H:%M:%S')} {line}")
@@ -185,15 +198,19 @@ class Rental:
         """A machine of the first offer that is really to be had."""
         until = self.clock.after(wait_minutes * MINUTE)
         while True:
-            for kind, region in offers():
-                self.signals.check()
-                try:
-                    return self.request(kind, region)
-                except NoCapacity:
-                    self.say(f"no capacity for {kind.name} in {region}")
+            problem = NothingLaunched("no capacity anywhere: see --instance, --region and --wait-capacity")
+            try:
+                for kind, region in offers():
+                    self.signals.check()
+                    try:
+                        return self.request(kind, region)
+                    except NoCapacity:
+                        self.say(f"no capacity for {kind.name} in {region}")
+            except Unanswered as error:  # of a question; `request` sees to an unanswered launch itself
+                problem = error
             if self.clock.now() >= until:
-                raise NothingLaunched("no capacity: name more types or regions, or --wait-capacity=MINUTES")
-            self.say("no capacity anywhere: looking again in half a minute")
+                raise problem
+            self.say(f"{problem}; looking again in half a minute")
             self.pause(30)
 
     def request(self, kind: InstanceType, region: str) -> None:
@@ -203,36 +220,45 @@ class Rental:
             self.run.max_hours, self.run.max_cost / price if self.run.max_cost else self.run.max_hours
         )
         present = [machine.id for machine in self.api.instances()]
-        family = self.run.image_family or self.newest_stack(region)
+        wanted = dict(
+            name=self.run.name,
+            region=region,
+            instance_type=kind.name,
+            ssh_key=self.run.ssh_key,
+            tags={TAG: self.run.name},
+            image_family=self.run.image_family or self.newest_stack(kind, region),
+            file_systems=self.run.file_systems,
+        )
+        launch_body(**wanted)  # what is wrong with it is found before it counts as launched
         self.signals.check()
-        self.update(
+        intent = replace(
+            self.run,
             **dict(phase="launching", instance_type=kind.name, region=region, gpus=kind.gpus, price=price),
             **dict(launched=self.clock.now(), deadline=self.clock.after(hours * HOUR), strangers=present),
             stop_at=self.clock.after(hours * HOUR - min(10 * MINUTE, hours * HOUR / 10)),
         )
+        try:
+            self.run = self.ledger.save(intent)  # nobody could find what nobody has written down
+        except OSError as error:
+            raise NothingLaunched(f"the ledger cannot be written: {error.strerror}") from None
         self.say(f"launching {kind.name} in {region} as {self.run.name}")
         with self.signals.none():
             try:
-                machine_id = self.api.launch(
-                    name=self.run.name,
-                    region=region,
-                    instance_type=kind.name,
-                    ssh_key=self.run.ssh_key,
-                    tags={TAG: self.run.name},
-                    image_family=family,
-                    file_systems=self.run.file_systems,
-                )
+                machine_id = self.api.launch(**wanted)
             except Refused:
                 self.update(phase="planned", launched=0.0)
                 raise
             except Unanswered as error:
                 self.say(f"the answer to the launch was lost ({error}): looking for the machine by its name")
+                self.update(adopted=True)
                 machine_id = self.adopt()
             self.update(phase="booting", instance_id=machine_id)
 
-    def newest_stack(self, region: str) -> str | None:
+    def newest_stack(self, kind: InstanceType, region: str) -> str | None:
         """Images differ between regions unless their family is named."""
-        families = {image.family for image in self.api.images() if image.region == region}
+        processor = "arm64" if "gh200" in kind.name else "x86_64"
+        images = [image for image in self.api.images() if image.region == region]
+        families = [image.family for image in images if image.architecture == processor]
         return max((family for family in families if family.startswith("lambda-stack")), default=None)
 
     def ours(self) -> list[Instance]:
@@ -264,10 +290,13 @@ class Rental:
         """Its address."""
         until = self.run.launched + self.clock.second * self.run.boot_timeout * MINUTE
         while self.clock.now() < min(until, self.run.deadline):
-            machine = self.api.instance(self.run.instance_id)
-            self.require_alive(machine)
-            if machine and machine.status == "active" and machine.ip:
-                return machine.ip
+            try:
+                machine = self.api.instance(self.run.instance_id)
+                self.require_alive(machine)
+                if machine and machine.status == "active" and machine.ip:
+                    return str(ipaddress.ip_address(machine.ip))  # it will stand on a command line
+            except Unanswered as error:
+                self.trouble(error)
             self.pause(5)
         raise MachineLost(f"not active after {self.clock.seconds_since(self.run.launched) / MINUTE:.0f} min")
 
@@ -294,8 +323,8 @@ class Rental:
         """Whether what runs over ssh now should be broken off."""
         if self.signals.protected:
             return False
-        wanted = 2 if self.run.has_reached("training") else 1
-        return self.signals.count >= wanted or self.clock.now() > self.run.deadline
+        wanted = 2 if self.run.started else 1
+        return self.signals.count >= wanted or self.clock.now() > (self.ssh_until or self.run.deadline)
 
     def prepare(self, files: list[str], secrets: dict[str, str]) -> None:
         """Everything may be there already, from a process that was cut off."""
@@ -304,15 +333,29 @@ class Rental:
         self.update(phase="preparing")
         self.machine.wait_reachable(self.run.launched + self.clock.second * self.run.boot_timeout * MINUTE)
         self.say(f"uploading {len(files)} files")
-        self.machine.upload(ROOT, files)
+        self.insist(self.machine.upload, ROOT, files)
         for name, value in secrets.items():
-            self.machine.secret(name, value)
+            self.insist(self.machine.secret, name, value)
         self.say("installing what training needs")
-        self.say(self.machine.setup(device=self.run.device))
+        self.say(self.insist(self.machine.setup, device=self.run.device))
         self.signals.check()
-        self.machine.start(self.run.arguments, self.run.gpus)
-        self.update(phase="training")
+        self.insist(self.machine.start, self.run.arguments, self.run.gpus)
+        self.update(phase="training", started=self.clock.now())
         self.say(f"training: {' '.join(self.run.arguments)}")
+
+    def insist(self, do: Callable, *arguments, **options):
+        """What it returns. It is done again where the connection was lost, for as long as a boot may take."""
+        until = None
+        while True:
+            try:
+                return do(*arguments, **options)
+            except ConnectionLost as error:
+                until = until or self.clock.after(self.run.boot_timeout * MINUTE)
+                if self.clock.now() > until:
+                    raise
+                self.trouble(error)
+            self.look()
+            self.pause(5)
 
     # ------------------------------------------------------------------------------------------- follow
 
@@ -329,13 +372,13 @@ class Rental:
                 break
             if ending is None and (ending := self.reason_to_stop()):
                 self.say(f"{ending}: the training is asked to save and stop")
-                give_up = min(give_up, self.clock.after(3 * MINUTE))
-            if ending and poll and not told:  # once: a second TERM would cut off the saving
-                self.machine.stop()
-                told = True
+                # half of what is left of the time is for fetching
+                give_up = min(self.clock.after(3 * MINUTE), (self.clock.now() + give_up) / 2)
+            if ending and poll and not told:
+                told = self.tell_to_stop()
             if self.clock.now() > give_up:
                 raise ending or OutOfTime("out of time")
-            if self.clock.now() > pull_at:
+            if not ending and self.clock.now() > pull_at:
                 self.try_to_pull()
                 pull_at = self.clock.after(self.run.pull_every * MINUTE)
             if self.clock.now() > look_at:
@@ -363,6 +406,15 @@ class Rental:
             self.update(log_offset=self.run.log_offset + len(poll.log))
         return poll
 
+    def tell_to_stop(self) -> bool:
+        """Whether the training knows now; it may be told twice."""
+        try:
+            self.machine.stop()
+            return True
+        except ConnectionLost as error:
+            self.trouble(error)
+            return False
+
     def trouble(self, error: Exception) -> None:
         self.troubles += 1
         if self.troubles in (1, 10, 100, 1000):
@@ -378,6 +430,11 @@ class Rental:
         return Stopped("stopped by a signal")
 
     def look(self) -> None:
+        """That the machine lives, and the watchdog does."""
+        try:
+            start_watchdog(self.ledger, self.run.name)
+        except ValueError as error:
+            self.say(str(error))
         try:
             self.require_alive(self.api.instance(self.run.instance_id))
         except ApiError as error:
@@ -387,23 +444,34 @@ class Rental:
         try:
             self.machine.pull(Path(self.run.out_dir))
             self.say(f"fetched; {self.so_far()}")
-        except (ConnectionLost, LocalDiskFull) as error:
+        except Cancelled:
+            raise
+        except MachineError as error:  # it is tried again, and at the end with patience
             self.trouble(error)
 
     def fetch(self, minutes: float = 10) -> None:
         """All that there is, with patience: afterwards the machine and its disk are gone."""
         until = min(self.clock.after(minutes * MINUTE), max(self.run.deadline, self.clock.after(MINUTE)))
+        self.ssh_until = until + self.clock.second * MINUTE  # for what has begun by then
         self.update(phase="fetching")
         while True:
             try:
                 self.machine = self.machine or self.connect()
                 return self.machine.pull(Path(self.run.out_dir))
-            except (MachineError, ApiError) as error:
+            except (MachineError, ApiError, Ending) as error:
                 problem = error
-            if self.clock.now() > until:
+            if isinstance(problem, (Ending, HostKeyChanged)) or self.clock.now() > until or self.is_lost():
                 raise NotFetched(f"not everything was fetched: {problem}")
             self.trouble(problem)
             self.pause(10, patient=True)
+
+    def is_lost(self) -> bool:
+        """Whether the machine is known to be gone, and its disk with it."""
+        try:
+            machine = self.api.instance(self.run.instance_id)
+        except ApiError:
+            return False
+        return machine is None or machine.status not in ("booting", "active", "unhealthy")
 
     # ------------------------------------------------------------------------------------- the end of it
 
@@ -418,6 +486,10 @@ class Rental:
         """From nothing to the exit code of the training, with the machine gone or kept as asked."""
 
         def work() -> int:
+            try:
+                start_watchdog(self.ledger, self.run.name)
+            except ValueError as error:
+                raise NothingLaunched(f"nothing is launched: {error}") from None
             self.launch(offers, wait_minutes)
             self.prepare(files, secrets)
             if detach:
@@ -433,10 +505,17 @@ class Rental:
             if self.run.kept_until:
                 raise OutOfTime("kept as long as was asked for")
             if self.run.phase in ("training", "fetching"):
+                self.forget_unknown_output()
                 return self.follow()
             raise MachineLost(f"cut off while {self.run.phase}")
 
         return self.conclude(work)
+
+    def forget_unknown_output(self) -> None:
+        """What a process that was cut off had written to train.log, and not to the ledger: it comes again."""
+        path = self.ledger.path(self.run.name, "train.log")
+        if path.exists() and path.stat().st_size > self.run.log_offset:
+            os.truncate(path, self.run.log_offset)
 
     def conclude(self, work: Callable[[], int]) -> int:
         """Does the work, and whatever comes of it, ends the rental. The exit code."""
@@ -453,15 +532,19 @@ class Rental:
             return self.end(Stopped.code, "terminated at once, as asked", fetch=False)
         except Ending as ending:
             return self.end(ending.code, str(ending))
+        except Cancelled:
+            ending = Stopped("stopped by a signal") if self.signals.count else OutOfTime("out of time")
+            return self.end(ending.code, str(ending), fetch=self.signals.count < 2)
         except (MachineError, ApiError) as error:
-            return self.end(MachineLost.code, str(error))
+            ending = MachineLost if self.run.launched else NothingLaunched
+            return self.end(ending.code, str(error))
         except BaseException:  # a mistake of ours costs the person no money
             self.end(MachineLost.code, "an internal error", fetch=False)
             raise
 
     def end(self, code: int, outcome: str, fetch: bool = True) -> int:
         self.say(outcome)
-        if fetch and self.run.has_reached("training"):
+        if fetch and self.run.started:
             try:
                 self.fetch()
             except NotFetched as problem:
@@ -469,6 +552,7 @@ class Rental:
                 code = code or problem.code
             except TerminateNow:
                 self.say("not everything was fetched: terminated at once, as asked")
+                code = code or Stopped.code
         if self.keeps(code):
             self.say(
                 f"the machine is kept until {clock_time(self.run.kept_until)}, ${self.run.price:.2f} an hour"
@@ -506,6 +590,8 @@ class Rental:
             problem = None
             while True:
                 try:
+                    if self.run.instance_id:
+                        self.api.terminate([self.run.instance_id], give_up=MINUTE)
                     if self.is_gone():
                         return
                 except ApiError as error:
@@ -515,20 +601,20 @@ class Rental:
                 self.clock.sleep(5)
 
     def is_gone(self) -> bool:
-        """Asks for the end of whatever is still there."""
-        alive = {machine.id: machine.status for machine in self.ours()}
-        if self.run.instance_id and self.run.instance_id not in alive:
-            machine = self.api.instance(self.run.instance_id)
-            is_new = (
-                self.clock.seconds_since(self.run.launched) < 3 * MINUTE
-            )  # not listed does not mean not there
-            if machine and machine.status != "terminated" or machine is None and is_new:
-                alive[self.run.instance_id] = machine.status if machine else "not listed"
-        if ids := [machine_id for machine_id, status in alive.items() if status != "terminating"]:
-            self.api.terminate(ids)
-        if alive:
-            return False
-        return bool(self.run.instance_id) or self.clock.seconds_since(self.run.launched) > 30 * MINUTE
+        """Whether that can be seen. What came of an unanswered request besides is asked to end, too."""
+        age = self.clock.seconds_since(self.run.launched)
+        if self.run.adopted or not self.run.instance_id:
+            if others := [machine.id for machine in self.ours() if machine.id != self.run.instance_id]:
+                if not self.run.instance_id:
+                    self.update(instance_id=others[0], adopted=True)
+                self.api.terminate(others, give_up=MINUTE)
+                return False
+        if not self.run.instance_id:
+            return age > 30 * MINUTE
+        machine = self.api.instance(self.run.instance_id)
+        if machine is None:
+            return age > 3 * MINUTE  # not listed yet does not mean not there
+        return machine.status in ("terminated", "preempted")
 
     def warning(self, problem: Exception | None) -> str:
         run = self.run
@@ -577,21 +663,30 @@ def wants_to_detach(signals: Signals, deadline: float, seconds: float = 15) -> b
 
 def watch(rental: Rental) -> None:
     """Returns when the machine is gone, and not before."""
-    ledger, name = rental.ledger, rental.run.name
-    with ledger.hold(name, "watchdog.lock") as ours:
+    with rental.ledger.hold(rental.run.name, "watchdog.lock") as ours:
         while ours and not rental.run.is_over:
-            with ledger.hold(name) as free:
-                rental.run = ledger.load(name)  # not before: the service may just have ended it
-                if free and not rental.run.is_over and rental.clock.now() >= rental.run.kept_until:
-                    rental.take_over()
-            overdue = rental.clock.seconds_since(rental.run.deadline) > MINUTE
-            if not free and rental.run.launched and overdue:
-                rental.end(OutOfTime.code, "the service has not terminated at its deadline", fetch=False)
+            try:
+                guard(rental)
+            except Exception:  # whatever it was: there may be a machine to be terminated
+                traceback.print_exc()
             rental.clock.sleep(5)
 
 
+def guard(rental: Rental) -> None:
+    with rental.ledger.hold(rental.run.name) as free:
+        try:
+            rental.run = rental.ledger.load(rental.run.name)  # not before: the service may just have ended it
+        except ValueError:  # its file is damaged: what is remembered must do
+            traceback.print_exc()
+        run, now = rental.run, rental.clock.now()
+        if free and not run.is_over and now >= run.kept_until:
+            rental.take_over()
+        elif not free and run.launched and rental.clock.seconds_since(run.deadline) > MINUTE:
+            rental.end(OutOfTime.code, "the service has not terminated at its deadline", fetch=False)
+
+
 def start_watchdog(ledger: Ledger, name: str, seconds: float = 20) -> None:
-    """Leaves a watchdog running that outlives this process. MachineError where it does not come up."""
+    """Leaves a watchdog running that outlives this process. ValueError where it does not come up."""
     if ledger.is_held(name, "watchdog.lock"):
         return
     command = [sys.executable, str(ROOT / "lambda_service.py"), "watch", name]
@@ -602,5 +697,5 @@ def start_watchdog(ledger: Ledger, name: str, seconds: float = 20) -> None:
     until = time.monotonic() + seconds
     while not ledger.is_held(name, "watchdog.lock"):
         if process.poll() is not None or time.monotonic() > until:
-            raise ValueError(f"no watchdog, so nothing is launched: see {ledger.path(name, 'watchdog.log')}")
+            raise ValueError(f"the watchdog does not start: see {ledger.path(name, 'watchdog.log')}")
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-# A DAG-GPT worth a rented GPU: nine operations, 25 M parameters. Not yet measured on a GPU.
+# A DAG-GPT worth a rented GPU: nine operations, 26 M parameters. Not yet measured on a GPU.
 #
 #   python lambda_service.py train config/train_daggpt_lambda.py                 the cheapest machine that is free
 #   python lambda_service.py train config/train_daggpt_lambda.py --instance gpu_1x_a100_sxm4,gpu_1x_a10

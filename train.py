@@ -209,7 +209,9 @@ def draw_plan(model: GPT, tokenizer: tokenizers.Tokenizer, problems: list[tasks.
 
 
 class StopFlag:
-    """Set by SIGINT or SIGTERM; a second signal ends the program as usual."""
+    """Set by SIGINT or SIGTERM. A second SIGINT ends the program as usual; SIGTERM may come twice, as torchrun passes
+    on to its processes what SLURM has sent to all.
+    """
 
     def __init__(self):
         self.signal: int | None = None
@@ -219,7 +221,7 @@ class StopFlag:
 
     def _set(self, number, frame):
         self.signal = number
-        self.restore()
+        signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
 
     def restore(self) -> None:
         for number, handler in self.previous.items():

@@ -19,6 +19,7 @@ import base64
 import dataclasses
 import email.utils
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -401,6 +402,9 @@ class Api:
             raise ValueError(f"LAMBDA_API_KEY {problem}: {enter} from https://cloud.lambda.ai/api-keys")
         keep_secret(key)
         self.base = (base or API_BASE).rstrip("/")
+        self.account = (
+            f"{self.base} {hashlib.sha256(key.encode()).hexdigest()[:8]}"  # which machines it can see
+        )
         self._on_loopback = bool(re.fullmatch(LOOPBACK, self.base))
         if not self._on_loopback and not re.fullmatch(SERVICE, self.base):
             raise ValueError(f"LAMBDA_API_BASE: expected {API_BASE} or http:// and a loopback address")

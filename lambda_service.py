@@ -33,13 +33,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from configurator import TrainConfig, load_with_files, run_script
+from configurator import run_script
 from lambda_api import Api, Instance, InstanceType, launch_body, redact
 from ledger import Ledger, Run, state_folder
-from machine import Done, Machine
+from machine import KEEP_AT_HOME, Done, Machine
 from rental import (
     TAG,
     NothingLaunched,
@@ -52,33 +53,36 @@ from rental import (
     start_watchdog,
     watch,
 )
+from uploads import left_behind, training, uploaded
 
 ROOT = Path(__file__).parent
-PRIVATE = (
-    ".env",
-    ".pem",
-    ".key",
-    ".netrc",
-    "id_rsa",
-    "id_ed25519",
-    "id_ecdsa",
-)  # endings that are never uploaded
 
 
 def say(line: str = "") -> None:
     show(f"{redact(line)}\n")
 
 
+def remark(line: str) -> None:
+    """Beside what was asked for: a script reads stdout."""
+    with suppress(OSError):
+        print(redact(line), file=sys.stderr, flush=True)
+
+
 def service() -> Api:
     """All processes of one person keep to the service's rates together."""
-    return Api.from_environment(say, pace=state_folder())
+    return Api.from_environment(remark, pace=state_folder())
 
 
-def ask(question: str, yes: bool) -> bool:
-    """A person at a terminal is asked; a script has decided already."""
-    if yes or not (sys.stdin.isatty() and sys.stdout.isatty()):
+def ask(question: str, yes: bool, by_script: bool = False) -> bool:
+    """A person at a terminal is asked. Without one, `by_script` says whether the command is enough."""
+    if yes:
         return True
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    if not sys.stdin.isatty():
+        if not by_script:
+            raise ValueError("nobody is at a terminal to be asked: say --yes")
+        return True
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def table(rows: list[list[str]]) -> None:
@@ -91,8 +95,9 @@ def table(rows: list[list[str]]) -> None:
 # What to rent
 
 
-def offers(types: list[InstanceType], options: argparse.Namespace, micro_batches: int) -> list[Offer]:
+def offers(api: Api, options: argparse.Namespace, micro_batches: int) -> list[Offer]:
     """What there is capacity for now and fits, in the order of preference: as named, or the cheapest first."""
+    types = api.instance_types()
     names = {kind.name: kind for kind in types}
     if options.instance == "auto":
         wanted = [kind for kind in types if fits(kind, options) and micro_batches % max(kind.gpus, 1) == 0]
@@ -110,11 +115,27 @@ def offers(types: list[InstanceType], options: argparse.Namespace, micro_batches
             "no type has that price, number of GPUs and memory: `types` lists them; see --max-price, "
             "--min-gpus, --min-gpu-memory"
         )
-    if options.region == "any":
+    regions = possible_regions(api, options)
+    if regions is None:
         return [(kind, region) for kind in wanted for region in kind.regions]
-    return [
-        (kind, region) for kind in wanted for region in options.region.split(",") if region in kind.regions
-    ]
+    return [(kind, region) for kind in wanted for region in regions if region in kind.regions]
+
+
+def possible_regions(api: Api, options: argparse.Namespace) -> list[str] | None:
+    """In the order of preference; None is any. A file system can be reached from its own region alone."""
+    asked = None if options.region == "any" else options.region.split(",")
+    if asked:
+        known = sorted({image.region for image in api.images()})
+        if unknown := [region for region in asked if region not in known]:
+            raise ValueError(f"no region {unknown[0]!r}; there are {', '.join(known)}")
+    for name in options.filesystem:
+        of_system = [system.region for system in api.file_systems() if system.name == name]
+        if not of_system:
+            raise ValueError(f"no file system {name!r} in this account")
+        asked = [region for region in asked or of_system if region in of_system]
+        if not asked:
+            raise ValueError(f"file system {name} is in {of_system[0]}: --region={of_system[0]}")
+    return asked
 
 
 def fits(kind: InstanceType, options: argparse.Namespace) -> bool:
@@ -135,78 +156,29 @@ def identity(api: Api, given: str | None) -> tuple[str, str]:
         raise ValueError(
             f"LAMBDA_SSH_KEY={name!r} is not the name of a registered key; there are: {', '.join(keys) or 'none'}"
         )
-    if given := given or os.environ.get("LAMBDA_SSH_IDENTITY"):
-        if not Path(given).expanduser().is_file():
-            raise ValueError(f"{given}: no such file; --identity names the private key")
-        return name, str(Path(given).expanduser().resolve())
-    blob = keys[name].split()[1]
-    for path in sorted((Path.home() / ".ssh").glob("*.pub")):
-        if blob in path.read_text().split() and path.with_suffix("").is_file():
-            return name, str(path.with_suffix(""))
-    agent = subprocess.run(["ssh-add", "-L"], capture_output=True, text=True)
-    if blob in agent.stdout.split():
+    blob = keys[name].split()[1:2]
+    if in_agent(blob) and not given:
         return name, ""
-    raise ValueError(
-        f"the private half of {name} is not in ~/.ssh and not in the agent: name it with --identity=FILE"
-    )
+    if given := given or os.environ.get("LAMBDA_SSH_IDENTITY"):
+        candidates = [Path(given).expanduser().resolve()]
+    else:
+        public = sorted((Path.home() / ".ssh").glob("*.pub"))
+        candidates = [path.with_suffix("") for path in public if blob == path.read_text().split()[1:2]]
+    for path in candidates:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; --identity names the private key")
+        half = subprocess.run(["ssh-keygen", "-y", "-P", "", "-f", path], capture_output=True, text=True)
+        if half.returncode and not in_agent(blob):
+            raise ValueError(f"{path} cannot be used ({half.stderr.strip()}): is it locked? ssh-add {path}")
+        if half.returncode == 0 and half.stdout.split()[1:2] != blob:
+            raise ValueError(f"{path} is not the private half of {name}")
+        return name, str(path)
+    raise ValueError(f"the private half of {name} is not in ~/.ssh and not in the agent: --identity=FILE")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What to run there
-
-
-def tracked_files(config_files: list[str]) -> list[str]:
-    """What is uploaded: the files that git knows, as they are now, and the config. ValueError where one of them
-    holds a key.
-    """
-    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(
-            f"{ROOT} is not a git checkout, so nobody knows what to upload: git init && git add ."
-        )
-    own = [str(Path(file).resolve().relative_to(ROOT.resolve())) for file in config_files]
-    files = sorted({file for file in done.stdout.split("\0") if file} | set(own))
-    files = [file for file in files if (ROOT / file).is_file() and not Path(file).name.endswith(PRIVATE)]
-    keys = [os.environ[name].encode() for name in ("LAMBDA_API_KEY", "WANDB_API_KEY") if os.environ.get(name)]
-    for file in files:
-        if any(key in (ROOT / file).read_bytes() for key in keys):
-            raise ValueError(f"{file} holds one of your keys: take it out; nothing was uploaded")
-    return files
-
-
-def left_behind() -> list[str]:
-    """Files that git neither knows nor ignores: a new module that nobody has added yet."""
-    done = subprocess.run(
-        ["git", "ls-files", "-z", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
-    return [file for file in done.stdout.split("\0") if file.endswith((".py", ".sh"))]
-
-
-def training(arguments: list[str]) -> tuple[TrainConfig, list[str], list[str]]:
-    """(its settings, files to upload, arguments of train.py), checked as far as that can be done from here."""
-    config, config_files = load_with_files(TrainConfig, arguments)
-    if config.out_dir:
-        raise ValueError("--out_dir: the results come to out/<name of the machine>; leave it out")
-    if config.init_from == "resume":
-        raise ValueError(
-            "--init_from=resume: a rented machine begins empty; a run can go on here, after `train`"
-        )
-    for file in config_files:
-        if not Path(file).resolve().is_relative_to(ROOT.resolve()):
-            raise ValueError(f"{file} is outside {ROOT}: put it into config/")
-    files = tracked_files(config_files)
-    own_data = f"data/{config.dataset}/prepare.py"
-    if config.data_dir == "data" and own_data not in files:
-        raise ValueError(
-            f"{own_data} is not a tracked file, and prepared data is not uploaded: put the data on a --filesystem "
-            f"and name it with --data_dir=/lambda/nfs/NAME"
-        )
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    return (
-        config,
-        files,
-        [*(str(Path(f).resolve().relative_to(ROOT.resolve())) for f in config_files), *flags],
-    )
+def in_agent(blob: list[str]) -> bool:
+    agent = subprocess.run(["ssh-add", "-L"], capture_output=True, text=True)
+    return bool(blob) and blob[0] in agent.stdout.split()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -247,7 +219,7 @@ def doctor(options: argparse.Namespace) -> int:
 
     def capacity() -> str:
         config = training([options.config, *options.training])[0]
-        found = offers(service().instance_types(), options, config.gradient_accumulation_steps)
+        found = offers(service(), options, config.gradient_accumulation_steps)
         return (
             ", ".join(f"{kind.name} in {region}" for kind, region in found[:4]) or "none now: --wait-capacity"
         )
@@ -255,6 +227,7 @@ def doctor(options: argparse.Namespace) -> int:
     check("python", lambda: sys.version.split()[0])
     check("ssh", lambda: program("ssh", "-V"))
     check("rsync", lambda: program("rsync", "--version"))
+    check("git", lambda: program("git", "--version"))
     check("LAMBDA_API_KEY", lambda: f"accepted; {len(service().instances())} machines now")
     check("LAMBDA_SSH_KEY", lambda: " ".join(identity(service(), options.identity)))
     check(
@@ -278,17 +251,20 @@ def train(options: argparse.Namespace) -> int:
     key, private = identity(api, options.identity)
 
     def available() -> list[Offer]:
-        return offers(api.instance_types(), options, config.gradient_accumulation_steps)
+        return offers(api, options, config.gradient_accumulation_steps)
 
     first = next(iter(available()), None)
-    if first is None and not options.wait_capacity:
+    if first is None and not options.wait_capacity and not options.dry_run:
         say("no capacity for that now: name more types or regions, or --wait-capacity=MINUTES")
         return NothingLaunched.code
     name = f"dag-{Path(options.config).stem.removeprefix('train_').replace('_', '-')[:40]}-{secrets.token_hex(3)}"
+    if config.wandb_log and not config.wandb_run_name:
+        arguments.append(f"--wandb_run_name={name}")  # the run's folder there is called out
     run = Run(
         name=name,
         arguments=arguments,
         device=config.device,
+        account=api.account,
         out_dir=str(ROOT.resolve() / "out" / name),
         ssh_key=key,
         identity=private,
@@ -303,15 +279,18 @@ def train(options: argparse.Namespace) -> int:
         image_family=options.image_family,
     )
     announce(run, files, first)
-    keys = {"WANDB_API_KEY": os.environ["WANDB_API_KEY"]} if os.environ.get("WANDB_API_KEY") else {}
+    wandb_key = os.environ.get("WANDB_API_KEY") if config.wandb_log else None
+    keys = {"WANDB_API_KEY": wandb_key} if wandb_key else {}
     if options.dry_run:
         return rehearse(run, files, keys, first)
-    if not ask("Launch it?", options.yes):
+    if not ask("Launch it?", options.yes, by_script=True):
         return 130
     ledger.new(run)
+    ledger.path(name, "uploaded.diff").write_text(uploaded(files), encoding="utf-8")
     Path(run.out_dir).mkdir(parents=True)
     rental = Rental(api, ledger, run, Signals().install())
-    with ledger.hold(name):
+    with ledger.hold(name) as ours:
+        assert ours, f"somebody holds {name}"
         code = rental.live(available, options.wait_capacity, files, keys, options.detach)
     farewell(rental, code)
     return code
@@ -368,7 +347,9 @@ def announce(run: Run, files: list[str], first: Offer | None) -> None:
         price = kind.price_cents_per_hour / 100
         hours = min(run.max_hours, run.max_cost / price) if run.max_cost else run.max_hours
         say(f"{kind.name} in {region}, {kind.gpu_description}: ${price:.2f} an hour")
-        say(f"at most {hours:g} hours, ${hours * price:.2f}; terminated then, whatever happens")
+        say(
+            f"at most {hours:g} hours, ${hours * price:.2f}; terminated then, as long as this computer is awake and online"
+        )
     say(f"{len(files)} files, {size / 1e6:.1f} MB, are uploaded; results come to {run.out_dir}")
     if others := left_behind():
         say(f"not uploaded, as git does not know them: {', '.join(others[:5])}{', ...' * (len(others) > 5)}")
@@ -392,7 +373,7 @@ def list_machines(options: argparse.Namespace) -> int:
     machines = [machine for machine in api.instances() if machine.status != "terminated"]
     runs = [run for run in ledger.runs() if not run.is_over]
     for name in ledger.damaged():
-        say(f"damaged: {ledger.path(name)}; its machine, if any, is named {name}")
+        remark(f"damaged: {ledger.path(name)}; its machine, if any, is named {name}")
     rows = []
     for machine in machines:
         run = next((run for run in runs if machine.id == run.instance_id or machine.name == run.name), None)
@@ -404,34 +385,49 @@ def list_machines(options: argparse.Namespace) -> int:
     elif not rows:
         say("no machine is running")
     else:
-        header = ["name", "id", "type", "region", "status", "$/h", "phase", "looked after by", "until"]
-        table([header, *([str(row[column]) for column in header] for row in rows)])
+        table(
+            [
+                list(rows[0]),
+                *(
+                    [f"{value:.2f}" if isinstance(value, float) else value for value in row.values()]
+                    for row in rows
+                ),
+            ]
+        )
     return 0
 
 
-def describe(ledger: Ledger, machine: Instance | None, run: Run | None) -> dict[str, str]:
-    keeper = "somebody else" if machine and TAG not in machine.tags else "another computer"
-    if run:
-        keeper = "service" if ledger.is_held(run.name) else "NOBODY: attach, or gc"
-        if ledger.is_held(run.name, "watchdog.lock"):
-            keeper = "watchdog" if keeper != "service" else "service and watchdog"
+def keeper(ledger: Ledger, machine: Instance | None, run: Run | None) -> str:
+    if run is None:
+        return "another computer" if TAG in machine.tags else "somebody else"
+    service, watchdog = ledger.is_held(run.name), ledger.is_held(run.name, "watchdog.lock")
+    if watchdog:
+        return "service and watchdog" if service and not run.detached else "watchdog"
+    return "service" if service else "NOBODY: attach, or gc"
+
+
+def describe(ledger: Ledger, machine: Instance | None, run: Run | None) -> dict[str, str | float]:
+    until = (run.kept_until or run.deadline) if run else 0
+    hours = (time.time() - run.launched) / 3600 if run and run.launched else 0.0
+    price = machine.price_cents_per_hour / 100 if machine else run.price
     return {
         "name": machine.name if machine else run.name,
         "id": machine.id if machine else run.instance_id or "-",
         "type": machine.type_name if machine else run.instance_type or "-",
         "region": machine.region if machine else run.region or "-",
         "status": machine.status if machine else "not listed",
-        "$/h": f"{machine.price_cents_per_hour / 100 if machine else run.price:.2f}",
+        "dollars_an_hour": price,
+        "so_far": hours * price,
         "phase": run.phase if run else "-",
-        "looked after by": keeper,
-        "until": clock_time(run.deadline) if run and run.deadline else "-",
+        "keeper": keeper(ledger, machine, run),
+        "until": clock_time(until) if until else "-",
     }
 
 
 def chosen(ledger: Ledger, name: str | None) -> Run:
     if name:
         return ledger.load(name)
-    runs = ledger.runs()
+    runs = [run for run in ledger.runs() if run.arguments]
     if not runs:
         raise ValueError(f"no run in {ledger.folder}: `train` makes one")
     return next((run for run in runs if not run.is_over), runs[0])
@@ -454,10 +450,12 @@ def attach(options: argparse.Namespace) -> int:
     with ledger.hold(run.name) as ours:
         if ours and not ledger.is_held(run.name, "watchdog.lock"):
             start_watchdog(ledger, run.name)
-            rental = Rental(service(), ledger, ledger.load(run.name), Signals().install())
-            code = rental.take_over()
-            farewell(rental, code)
-            return code
+            run = ledger.load(run.name)
+            if run.kept_until < time.time():  # a machine that is kept has nothing to do, and is to stay
+                rental = Rental(service(), ledger, run, Signals().install())
+                code = rental.take_over()
+                farewell(rental, code)
+                return code
     say(
         f"{run.name} is looked after; Ctrl-C leaves it so. To end it: python lambda_service.py terminate {run.name}"
     )
@@ -498,7 +496,8 @@ def on_machine(options: argparse.Namespace) -> tuple[Rental, Run]:
 
 def ssh(options: argparse.Namespace) -> int:
     rental, _ = on_machine(options)
-    return subprocess.call([*rental.machine.ssh_argv(terminal=True), *options.command])
+    own = {name: value for name, value in os.environ.items() if name not in KEEP_AT_HOME}
+    return subprocess.call([*rental.machine.ssh_argv(terminal=True), *options.command], env=own)
 
 
 def pull(options: argparse.Namespace) -> int:
@@ -511,10 +510,15 @@ def pull(options: argparse.Namespace) -> int:
 def terminate(options: argparse.Namespace) -> int:
     """By name or id; what was not fetched is lost."""
     api, ledger = service(), Ledger()
-    own_key = os.environ.get("LAMBDA_SSH_KEY")
+    own_key, left = os.environ.get("LAMBDA_SSH_KEY"), []
     machines = [machine for machine in api.instances() if machine.status not in ("terminated", "terminating")]
     if options.all_mine:
+        if own_key not in [key.name for key in api.ssh_keys()]:
+            raise ValueError(
+                "--all-mine: LAMBDA_SSH_KEY says which machines are yours; `list` lists all, `terminate ID`"
+            )
         found = [m for m in machines if TAG in m.tags and own_key in m.ssh_key_names]
+        left = [m for m in machines if TAG in m.tags and m not in found]
         named = {machine.name for machine in found}
         runs = [run for run in ledger.runs() if run.launched and not run.is_over and run.name not in named]
     else:
@@ -524,30 +528,36 @@ def terminate(options: argparse.Namespace) -> int:
             for name in options.names
             if name not in {x for m in found for x in (m.name, m.id)}
         ]
+    for machine in left:
+        say(f"left alone, as it has another key: {machine.name} {machine.id}")
     if not found and not runs:
-        say(
-            "nothing to terminate" if options.all_mine else "name a machine, or --all-mine; `list` lists them"
-        )
-        return 0 if options.all_mine else 2
+        if not options.all_mine:
+            raise ValueError("name a machine, or --all-mine; `list` lists them")
+        say("nothing to terminate")
+        return 0
+    if over := [run for run in runs if run.is_over]:
+        raise ValueError(f"{over[0].name} is over: {over[0].outcome}")
+    if waiting := [run for run in runs if not run.launched and ledger.is_held(run.name)]:
+        raise ValueError(f"{waiting[0].name} is still looking for a machine: stop that program with Ctrl-C")
     for machine in found:
         say(f"{machine.name} {machine.id}, {machine.type_name} in {machine.region}")
     if not ask("Terminate? What was not fetched is lost.", options.yes):
         return 130
-    codes = [end_run(api, ledger, ledger_run(ledger, machine)) for machine in found]
+    codes = [end_run(api, ledger, ledger_run(api, ledger, machine)) for machine in found]
     return max(codes + [end_run(api, ledger, run) for run in runs])
 
 
-def ledger_run(ledger: Ledger, machine: Instance) -> Run:
+def ledger_run(api: Api, ledger: Ledger, machine: Instance) -> Run:
     """Its run; a machine from elsewhere gets one here, so that its end is written down, too."""
     for run in ledger.runs():
         if run.name == machine.name or run.instance_id == machine.id:
             return run
-    run = Run.of_stranger(f"elsewhere-{machine.id}", machine.id, machine.price_cents_per_hour / 100)
-    return ledger.new(run)
+    price = machine.price_cents_per_hour / 100
+    return ledger.new(Run.of_stranger(f"elsewhere-{machine.id}", machine.id, price, api.account))
 
 
 def end_run(api: Api, ledger: Ledger, run: Run) -> int:
-    return Rental(api, ledger, run, Signals()).end(0, "terminated as asked", fetch=False)
+    return Rental(api, ledger, run, Signals()).end(0, "terminated as asked", fetch=False, keep=False)
 
 
 def gc(options: argparse.Namespace) -> int:
@@ -558,22 +568,40 @@ def gc(options: argparse.Namespace) -> int:
         if not run.is_over and not ledger.is_held(run.name) and not ledger.is_held(run.name, "watchdog.lock"):
             left.append(run)
             say(f"{run.name}: {run.phase}, nobody looks after it")
-    known = {run.name for run in ledger.runs()}
+    for name in ledger.damaged():
+        say(
+            f"{name}: its record in {ledger.path(name)} cannot be read; `list` shows whether there is a machine"
+        )
+    known, elsewhere = {run.name for run in ledger.runs()}, False
     for machine in api.instances():
         if (
             TAG in machine.tags
             and machine.name not in known
             and machine.status not in ("terminated", "terminating")
         ):
+            elsewhere = True
             say(
                 f"{machine.name} {machine.id}: launched elsewhere; `terminate {machine.id}` if it is a leftover"
             )
     if not left:
-        say("nothing is left over")
-        return 0
+        say("nothing else is left over" if elsewhere or ledger.damaged() else "nothing is left over")
+        return 1 if elsewhere or ledger.damaged() else 0
     if not ask("Terminate them? `attach NAME` would go on with one.", options.yes):
         return 130
-    return max(end_run(api, ledger, run) for run in left)
+    codes = []
+    for run in left:
+        with ledger.hold(run.name) as free:  # somebody may have attached meanwhile
+            codes += [end_run(api, ledger, ledger.load(run.name))] if free else []
+    return max(codes, default=0)
+
+
+def remind(ledger: Ledger) -> None:
+    """Of machines that should be gone, whatever this command is about."""
+    for run in ledger.runs():
+        late = time.time() > (run.kept_until or run.deadline) + 300
+        kept = ledger.is_held(run.name) or ledger.is_held(run.name, "watchdog.lock")
+        if run.launched and not run.is_over and (late or not kept):
+            remark(f"note: {run.name} may be running, and should not: see `list`, `attach`, `gc`")
 
 
 def watchdog(options: argparse.Namespace) -> int:
@@ -607,6 +635,7 @@ def parser() -> argparse.ArgumentParser:
         )
         add("--region", default="any", metavar="NAMES", help="regions in order of preference, or any")
         add("--max-price", type=positive, default=4.0, metavar="$", help="an hour, for auto [4]")
+        add("--filesystem", action="append", default=[], metavar="NAME", help="attached at /lambda/nfs/NAME")
         add("--min-gpus", type=int, default=1, metavar="N", help="for auto [1]")
         add("--min-gpu-memory", type=positive, default=0.0, metavar="GB", help="of each GPU, for auto")
         add(
@@ -634,10 +663,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="MIN",
         help="look for so long for a free machine",
     )
-    add("--max-hours", type=positive, default=3.0, metavar="H", help="terminate then, whatever happens [3]")
+    add(
+        "--max-hours",
+        type=positive,
+        default=3.0,
+        metavar="H",
+        help="terminate then, while this computer is awake and online [3]",
+    )
     add("--max-cost", type=positive, default=0.0, metavar="$", help="the same, by the money spent")
     add("--boot-timeout", type=positive, default=30.0, metavar="MIN", help="until it can be reached [30]")
-    add("--filesystem", action="append", default=[], metavar="NAME", help="attached at /lambda/nfs/NAME")
     add("--image-family", default="", metavar="NAME", help="default: the newest lambda-stack of the region")
     add("--pull-every", type=positive, default=5.0, metavar="MIN", help="fetch the run's files so often [5]")
     add("--keep", action="store_true", help="leave the machine running after the training, until --max-hours")
@@ -665,7 +699,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "logs":
             sub.add_argument("--service", action="store_true", help="what this program did instead")
         if name == "ssh":
-            sub.add_argument("command", nargs="*", help="run this there instead of a shell")
+            sub.add_argument("command", nargs=argparse.REMAINDER, help="run this there instead of a shell")
     end = command("terminate", terminate, "terminate machines and see that they are gone")
     end.add_argument("names", nargs="*", metavar="NAME_OR_ID")
     end.add_argument(
@@ -692,9 +726,11 @@ def main() -> None:
     if rest and options.does not in (train, doctor):
         raise ValueError(f"unknown argument {rest[0]}: see --help")
     options.training = rest
+    if options.does in (types, doctor, train, logs, ssh, pull):
+        remind(Ledger())
     try:
         sys.exit(options.does(options))
-    except KeyboardInterrupt:  # there are no Signals yet, so nothing was launched
+    except KeyboardInterrupt:  # there are no Signals, so this program has launched nothing
         sys.exit(130)
 
 

@@ -35,6 +35,7 @@ class Run:
     out_dir: str  # where its results go, an absolute path
     ssh_key: str  # its registered name
     identity: str  # file of the private key, or "" for the agent's
+    account: str  # which service and key: another one does not know the machine
     created: float  # seconds since 1970, as all times here
     max_hours: float
     max_cost: float = 0.0  # dollars; 0 is no limit of its own
@@ -57,6 +58,7 @@ class Run:
     detached: bool = False  # the person has left, the watchdog looks after it
     instance_id: str = ""
     strangers: list[str] = field(default_factory=list)  # ids that were there before: never ours
+    address: str = ""
     adopted: bool = False  # the answer was lost, and the machine was found by its name
     launched: float = 0.0  # when the request was sent; 0 is never
     started: float = 0.0  # when the training was
@@ -67,9 +69,10 @@ class Run:
     ended: float = 0.0  # when the machine was seen to be gone
 
     @classmethod
-    def of_stranger(cls, name: str, machine_id: str, price: float) -> "Run":
+    def of_stranger(cls, name: str, machine_id: str, price: float, account: str) -> "Run":
         """For a machine that was launched from elsewhere and is to be terminated here."""
         begun = dict(phase="terminating", instance_id=machine_id, launched=1.0, price=price)
+        begun |= dict(account=account)
         nothing = dict(arguments=[], device="", out_dir="", ssh_key="", identity="", max_hours=0.0)
         return cls(name=name, created=time.time(), **nothing, **begun)
 
@@ -130,7 +133,7 @@ class Ledger:
         path = self.path(name, "run.json")
         try:
             saved = json.loads(path.read_text())
-            return Run(**{item.name: saved[item.name] for item in fields(Run)})
+            return Run(**{item.name: saved[item.name] for item in fields(Run) if item.name in saved})
         except FileNotFoundError:
             known = ", ".join(run.name for run in self.runs()[:5]) or "none"
             raise ValueError(f"no run {name!r} in {self.folder}; the newest: {known}") from None

@@ -9,7 +9,7 @@ goes on where the last process was cut off. Two processes know of a machine:
 
     the service     holds the run's lock, does the work, and terminates the machine at the end
     the watchdog    outlives the terminal. Where the lock is free it takes over: a training that runs is followed to
-                    its end, anything before is terminated. A minute after the deadline it terminates, lock or not,
+                    its end, anything before is terminated. Three minutes after the deadline it terminates, lock or not,
                     and it does not stop trying
 
 What neither can cover: both machines dead, or this one without a network. The service has no time to live and goes on
@@ -19,13 +19,14 @@ billing until it is asked to terminate; shutting the machine down from inside do
 import ipaddress
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,23 +104,32 @@ class Detached(Exception):
 class Signals:
     """INT, TERM and HUP. The first asks for an orderly end, another one to terminate now.
 
-    The kernel, a shell and a login manager may each send one when a terminal is closed: HUP never counts twice,
-    nor does anything within half a second of the first.
+    The kernel, a shell and a login manager may each send one when a terminal is closed: a second one is Ctrl-C, or a
+    TERM after a TERM, and not within half a second. Where HUP is ignored (nohup) it stays so.
     """
 
     def __init__(self):
-        self.count, self.first, self.protected = 0, 0.0, False
+        self.count, self.first, self.kind, self.protected = 0, 0.0, None, False
 
     def install(self) -> "Signals":
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._received)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._received)
         return self
 
     def _received(self, number, frame) -> None:
         if not self.count:
-            self.count, self.first = 1, time.monotonic()
-        elif number != signal.SIGHUP and time.monotonic() - self.first > 0.5:
-            self.count = 2
+            self.count, self.first, self.kind = 1, time.monotonic(), number
+            self._tell("stopping in order; Ctrl-C again terminates now and loses what is not fetched")
+        elif number in (signal.SIGINT, self.kind) and number != signal.SIGHUP:
+            if self.count == 1 and time.monotonic() - self.first > 0.5:
+                self.count = 2
+                self._tell("terminating now")
+
+    def _tell(self, line: str) -> None:
+        if not self.protected:
+            with suppress(OSError):  # no terminal
+                os.write(2, f"\n{line}\n".encode())  # print may just be at work
 
     @contextmanager
     def none(self):
@@ -148,7 +158,10 @@ class Rental:
 
     def __init__(self, api: Api, ledger: Ledger, run: Run, signals: Signals, echo: bool = True):
         self.api, self.ledger, self.run, self.signals, self.echo = api, ledger, run, signals, echo
-        self.clock, self.machine, self.troubles = api.clock, None, 0
+        self.clock, self.machine, self.troubles, self.misses = api.clock, None, 0, 0
+        self.interruptible = (
+            False  # whether a first signal breaks off what runs over ssh, though training has begun
+        )
         self.ssh_until = 0.0  # when what runs over ssh is broken off, where not at the deadline
 
     # ------------------------------------------------------------------------------------ small things
@@ -185,7 +198,7 @@ class Rental:
     @property
     def cost(self) -> float:
         """Dollars so far, counted from the request; the service bills from the first healthy minute."""
-        if not self.run.launched:
+        if self.run.launched < self.run.created:  # never, or by somebody else
             return 0.0
         return self.clock.seconds_since(self.run.launched) / HOUR * self.run.price
 
@@ -231,6 +244,8 @@ class Rental:
         )
         launch_body(**wanted)  # what is wrong with it is found before it counts as launched
         self.signals.check()
+        if not self.is_watched():
+            raise NothingLaunched("without a watchdog nothing is launched")
         intent = replace(
             self.run,
             **dict(phase="launching", instance_type=kind.name, region=region, gpus=kind.gpus, price=price),
@@ -289,7 +304,8 @@ class Rental:
     def wait_active(self) -> str:
         """Its address."""
         until = self.run.launched + self.clock.second * self.run.boot_timeout * MINUTE
-        while self.clock.now() < min(until, self.run.deadline):
+        until = min(until, self.run.deadline)
+        while True:
             try:
                 machine = self.api.instance(self.run.instance_id)
                 self.require_alive(machine)
@@ -297,8 +313,10 @@ class Rental:
                     return str(ipaddress.ip_address(machine.ip))  # it will stand on a command line
             except Unanswered as error:
                 self.trouble(error)
+            if self.clock.now() > until:
+                minutes = self.clock.seconds_since(self.run.launched) / MINUTE
+                raise MachineLost(f"not active after {minutes:.0f} min")
             self.pause(5)
-        raise MachineLost(f"not active after {self.clock.seconds_since(self.run.launched) / MINUTE:.0f} min")
 
     def require_alive(self, machine: Instance | None) -> None:
         if machine is None and self.clock.seconds_since(self.run.launched) < 3 * MINUTE:
@@ -309,8 +327,10 @@ class Rental:
 
     def connect(self) -> Machine:
         folder = self.ledger.path(self.run.name)
+        if not self.run.address:
+            self.update(address=self.wait_active())
         return Machine(
-            host=self.wait_active(),
+            host=self.run.address,
             identity=Path(self.run.identity) if self.run.identity else None,
             known_hosts=folder / "known_hosts",
             folder=remote_folder(self.run.name),
@@ -323,7 +343,9 @@ class Rental:
         """Whether what runs over ssh now should be broken off."""
         if self.signals.protected:
             return False
-        wanted = 2 if self.run.started else 1
+        if self.interruptible and self.clock.now() > self.run.stop_at:
+            return True
+        wanted = 2 if self.run.started and not self.interruptible else 1
         return self.signals.count >= wanted or self.clock.now() > (self.ssh_until or self.run.deadline)
 
     def prepare(self, files: list[str], secrets: dict[str, str]) -> None:
@@ -337,11 +359,21 @@ class Rental:
         for name, value in secrets.items():
             self.insist(self.machine.secret, name, value)
         self.say("installing what training needs")
-        self.say(self.insist(self.machine.setup, device=self.run.device))
+        try:
+            self.say(self.insist(self.machine.setup, device=self.run.device))
+        except MachineError:
+            self.keep_setup_log()
+            raise
         self.signals.check()
         self.insist(self.machine.start, self.run.arguments, self.run.gpus)
         self.update(phase="training", started=self.clock.now())
         self.say(f"training: {' '.join(self.run.arguments)}")
+
+    def keep_setup_log(self) -> None:
+        """Its end says why it failed, and the machine will be gone."""
+        with suppress(MachineError):
+            end = self.machine.ssh(f"tail -n 40 {remote_folder(self.run.name)}/setup.log").out
+            self.write("service.log", end)
 
     def insist(self, do: Callable, *arguments, **options):
         """What it returns. It is done again where the connection was lost, for as long as a boot may take."""
@@ -395,7 +427,9 @@ class Rental:
         try:
             self.machine = self.machine or self.connect()
             poll = self.machine.poll(self.run.log_offset)
-        except (ConnectionLost, ApiError) as error:
+        except (HostKeyChanged, Cancelled):
+            raise
+        except (MachineError, ApiError, OSError) as error:
             self.trouble(error)
             return None
         self.troubles = 0
@@ -426,30 +460,45 @@ class Rental:
         if not self.signals.count:
             return None
         if self.echo and sys.stdin.isatty() and wants_to_detach(self.signals, self.run.deadline):
-            raise Detached
+            if self.is_watched():
+                raise Detached
         return Stopped("stopped by a signal")
 
     def look(self) -> None:
-        """That the machine lives, and the watchdog does."""
-        try:
-            start_watchdog(self.ledger, self.run.name)
-        except ValueError as error:
-            self.say(str(error))
+        """That the machine lives, and the watchdog does. One odd answer does not end a training."""
+        self.is_watched()
         try:
             self.require_alive(self.api.instance(self.run.instance_id))
+            self.misses = 0
         except ApiError as error:
             self.trouble(error)
+        except MachineLost:
+            self.misses += 1
+            if self.misses > 1:
+                raise
+
+    def is_watched(self) -> bool:
+        """Whether there is a watchdog now; it is started where there was none."""
+        try:
+            start_watchdog(self.ledger, self.run.name)
+            return True
+        except (ValueError, OSError) as error:
+            self.say(str(error))
+            return False
 
     def try_to_pull(self) -> None:
+        self.interruptible = True
         try:
             self.machine.pull(Path(self.run.out_dir))
             self.say(f"fetched; {self.so_far()}")
         except Cancelled:
-            raise
+            self.signals.check(patient=True)
         except MachineError as error:  # it is tried again, and at the end with patience
             self.trouble(error)
+        finally:
+            self.interruptible = False
 
-    def fetch(self, minutes: float = 10) -> None:
+    def fetch(self, minutes: float = 30) -> None:
         """All that there is, with patience: afterwards the machine and its disk are gone."""
         until = min(self.clock.after(minutes * MINUTE), max(self.run.deadline, self.clock.after(MINUTE)))
         self.ssh_until = until + self.clock.second * MINUTE  # for what has begun by then
@@ -457,7 +506,8 @@ class Rental:
         while True:
             try:
                 self.machine = self.machine or self.connect()
-                return self.machine.pull(Path(self.run.out_dir))
+                self.machine.pull(Path(self.run.out_dir))
+                return self.add_what_was_uploaded()
             except (MachineError, ApiError, Ending) as error:
                 problem = error
             if isinstance(problem, (Ending, HostKeyChanged)) or self.clock.now() > until or self.is_lost():
@@ -472,6 +522,14 @@ class Rental:
         except ApiError:
             return False
         return machine is None or machine.status not in ("booting", "active", "unhealthy")
+
+    def add_what_was_uploaded(self) -> None:
+        """The run's own changes.diff is empty, as there is no git on the machine."""
+        source = self.ledger.path(self.run.name, "uploaded.diff")
+        try:
+            shutil.copy(source, self.run.out_dir)
+        except OSError as error:
+            self.say(f"{source} could not be copied: {error.strerror}")
 
     # ------------------------------------------------------------------------------------- the end of it
 
@@ -492,7 +550,7 @@ class Rental:
                 raise NothingLaunched(f"nothing is launched: {error}") from None
             self.launch(offers, wait_minutes)
             self.prepare(files, secrets)
-            if detach:
+            if detach and self.is_watched():
                 raise Detached
             return self.follow()
 
@@ -539,10 +597,12 @@ class Rental:
             ending = MachineLost if self.run.launched else NothingLaunched
             return self.end(ending.code, str(error))
         except BaseException:  # a mistake of ours costs the person no money
-            self.end(MachineLost.code, "an internal error", fetch=False)
+            if self.end(MachineLost.code, "an internal error") == StillRunning.code:
+                traceback.print_exc()
+                return StillRunning.code
             raise
 
-    def end(self, code: int, outcome: str, fetch: bool = True) -> int:
+    def end(self, code: int, outcome: str, fetch: bool = True, keep: bool = True) -> int:
         self.say(outcome)
         if fetch and self.run.started:
             try:
@@ -553,7 +613,10 @@ class Rental:
             except TerminateNow:
                 self.say("not everything was fetched: terminated at once, as asked")
                 code = code or Stopped.code
-        if self.keeps(code):
+            except Exception:  # a mistake of ours must not keep the machine running
+                traceback.print_exc()
+                code = code or NotFetched.code
+        if keep and self.keeps(code):
             self.say(
                 f"the machine is kept until {clock_time(self.run.kept_until)}, ${self.run.price:.2f} an hour"
             )
@@ -561,6 +624,8 @@ class Rental:
         try:
             self.terminate()
         except StillRunning as problem:
+            if self.is_in_account():
+                self.is_watched()
             self.say(str(problem))
             return problem.code
         launched = self.run.launched
@@ -571,7 +636,7 @@ class Rental:
     def keeps(self, code: int) -> bool:
         """Whether the machine stays for a while, as asked for; its watchdog terminates it then."""
         asked = self.run.keep and code == 0 or self.run.keep_on_failure and code not in (0, Stopped.code)
-        if not (asked and self.run.instance_id) or self.run.kept_until:
+        if not (asked and self.run.instance_id) or self.run.kept_until or not self.is_watched():
             return False
         until = self.run.deadline
         if code:
@@ -583,6 +648,8 @@ class Rental:
         """Returns when the machine is gone, or none ever was. StillRunning where that could not be seen."""
         if not self.run.launched:
             return
+        if not self.is_in_account():
+            raise StillRunning(self.warning(ValueError("it was launched with another key or service")))
         until = self.clock.after(15 * MINUTE if self.run.instance_id else 5 * MINUTE)
         with self.signals.none():
             self.update(phase="terminating")
@@ -592,6 +659,9 @@ class Rental:
                 try:
                     if self.run.instance_id:
                         self.api.terminate([self.run.instance_id], give_up=MINUTE)
+                except ApiError as error:  # perhaps because it is gone
+                    problem = error
+                try:
                     if self.is_gone():
                         return
                 except ApiError as error:
@@ -599,6 +669,10 @@ class Rental:
                 if self.clock.now() > until:
                     raise StillRunning(self.warning(problem))
                 self.clock.sleep(5)
+
+    def is_in_account(self) -> bool:
+        """Whether this key and service know the machine: to others it looks as if it were gone."""
+        return self.run.account in ("", self.api.account)
 
     def is_gone(self) -> bool:
         """Whether that can be seen. What came of an unanswered request besides is asked to end, too."""
@@ -673,15 +747,17 @@ def watch(rental: Rental) -> None:
 
 
 def guard(rental: Rental) -> None:
+    rental.ledger.path(rental.run.name).mkdir(parents=True, exist_ok=True)  # somebody may have removed it
     with rental.ledger.hold(rental.run.name) as free:
         try:
             rental.run = rental.ledger.load(rental.run.name)  # not before: the service may just have ended it
-        except ValueError:  # its file is damaged: what is remembered must do
+        except ValueError:  # its file is damaged or gone: what is remembered must do
             traceback.print_exc()
+            rental.run = replace(rental.run, launched=rental.run.launched or rental.run.created)
         run, now = rental.run, rental.clock.now()
         if free and not run.is_over and now >= run.kept_until:
             rental.take_over()
-        elif not free and run.launched and rental.clock.seconds_since(run.deadline) > MINUTE:
+        elif not free and run.launched and rental.clock.seconds_since(run.deadline) > 3 * MINUTE:
             rental.end(OutOfTime.code, "the service has not terminated at its deadline", fetch=False)
 
 

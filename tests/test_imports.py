@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "ledger": set(),
     "machine": {"lambda_api"},
     "rental": {"lambda_api", "ledger", "machine"},
+    "uploads": {"configurator", "lambda_api"},
     # what uses a model
     "checkpoint": {"dag_model", "tokenizer"},
     "dag_statistics": {
@@ -71,7 +72,7 @@ SCRIPTS = [
     "serve",
 ]  # and data/*/prepare.py: any module, no script
 LAUNCHERS = {  # they run where no torch is installed
-    "lambda_service": {"configurator", "lambda_api", "ledger", "machine", "rental"},
+    "lambda_service": {"configurator", "lambda_api", "ledger", "machine", "rental", "uploads"},
     "slurm": {"configurator"},
 }
 

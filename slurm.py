@@ -18,8 +18,8 @@ repeated, and neither is one that ends with an error; `sbatch RUN/slurm/job.sh` 
 runs/slurm_job.sh.
 
 It needs SLURM, git and a file system that all nodes share, and no PyTorch. With WANDB_API_KEY in the environment and
---wandb_log=true, the job reads that key from a file that only its owner can read; neither it nor any variable whose
-name looks like a secret's goes into the script or through sbatch.
+--wandb_log=true, the job reads that key from a file that only its owner can read, until the run is finished; neither
+it nor any variable whose name looks like a secret's goes into the script or through sbatch.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 # A DAG-GPT worth a rented GPU: nine operations, 26 M parameters. Not yet measured on a GPU.
 #
-#   python lambda_service.py train config/train_daggpt_lambda.py                 the cheapest machine that is free
-#   python lambda_service.py train config/train_daggpt_lambda.py --instance gpu_1x_a100_sxm4,gpu_1x_a10
+#   python lambda_service.py train config/train_daggpt_lambda.py --instance gpu_1x_a10,gpu_1x_a100_sxm4
+#   python lambda_service.py train config/train_daggpt_lambda.py --min-gpu-memory 24      the cheapest that is free
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_daggpt_lambda.py
 #
 # bf16 and torch.compile are on by themselves on CUDA; W&B is, where its key is in the environment.

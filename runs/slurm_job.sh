@@ -53,7 +53,7 @@ on_node() { # COMMAND: torchrun, once on every node
 
 echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date '+%F %T')"
 rm -f "$job/exit_code"
-trap 'echo $? >"$job/exit_code"; rm -f "$job/wandb_key"' EXIT
+trap 'ended=$?; echo "$ended" >"$job/exit_code"; [ "$ended" != 0 ] || rm -f "$job/wandb_key"' EXIT
 [ -e "$data/meta.json" ] ||
     fail "no data in $data: run \`$prepare\` where there is a network, then \`sbatch $job/job.sh\`"
 [ -e "$job/code/train.py" ] || fail "$job/code is not there: is $run on a file system that all nodes share?"

@@ -38,21 +38,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from configurator import run_script
+from endings import NothingLaunched
 from lambda_api import Api, Instance, InstanceType, launch_body, redact
 from ledger import Ledger, Run, state_folder
 from machine import KEEP_AT_HOME, Done, Machine
-from rental import (
-    TAG,
-    NothingLaunched,
-    Offer,
-    Rental,
-    Signals,
-    clock_time,
-    remote_folder,
-    show,
-    start_watchdog,
-    watch,
-)
+from rental import TAG, Offer, Rental, remote_folder, start_watchdog, watch
+from terminal import Signals, clock_time, show
 from uploads import left_behind, training, uploaded
 
 ROOT = Path(__file__).parent
@@ -152,6 +143,8 @@ def identity(api: Api, given: str | None) -> tuple[str, str]:
     """(name of the registered key, file of its private half or "" where the agent has it). Before money is spent."""
     name = os.environ.get("LAMBDA_SSH_KEY", "")
     keys = {key.name: key.public_key for key in api.ssh_keys()}
+    if not name:
+        raise ValueError(f"LAMBDA_SSH_KEY is not set; registered keys: {', '.join(keys) or 'none'}")
     if name not in keys:
         raise ValueError(
             f"LAMBDA_SSH_KEY={name!r} is not the name of a registered key; there are: {', '.join(keys) or 'none'}"
@@ -228,7 +221,7 @@ def doctor(options: argparse.Namespace) -> int:
     check("ssh", lambda: program("ssh", "-V"))
     check("rsync", lambda: program("rsync", "--version"))
     check("git", lambda: program("git", "--version"))
-    check("LAMBDA_API_KEY", lambda: f"accepted; {len(service().instances())} machines now")
+    check("LAMBDA_API_KEY", lambda: f"accepted; {len(service().instances())} machines listed")
     check("LAMBDA_SSH_KEY", lambda: " ".join(identity(service(), options.identity)))
     check(
         "WANDB_API_KEY",
@@ -364,7 +357,8 @@ def farewell(rental: Rental, code: int) -> None:
         return
     say(f"results in {results}, log in {rental.ledger.path(run.name, 'train.log')}; exit code {code}")
     if any(results.glob("*-*/model.safetensors")):
-        say(f"  python sample.py --out_dir={os.path.relpath(results)}")
+        which = " --checkpoint=last" if code else ""  # the best is only as new as the last evaluation
+        say(f"  python sample.py --out_dir={os.path.relpath(results)}{which}")
 
 
 def list_machines(options: argparse.Namespace) -> int:

@@ -18,18 +18,27 @@ billing until it is asked to terminate; shutting the machine down from inside do
 
 import ipaddress
 import os
-import select
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from endings import (
+    Detached,
+    Ending,
+    MachineLost,
+    NotFetched,
+    NothingLaunched,
+    OutOfTime,
+    StillRunning,
+    Stopped,
+    TerminateNow,
+)
 from lambda_api import (
     CONSOLE,
     Api,
@@ -44,113 +53,17 @@ from lambda_api import (
 )
 from ledger import Ledger, Run
 from machine import Cancelled, ConnectionLost, HostKeyChanged, Machine, MachineError, Poll
+from terminal import Signals, clock_time, show, wants_to_detach
 
 ROOT = Path(__file__).parent
 MINUTE, HOUR = 60, 3600
 TAG = "nanogpt-dag-run"  # of every machine launched here; its value is the run's name
 
-
-def remote_folder(name: str) -> str:
-    return f"nanogpt-dag/{name}"
-
-
 Offer = tuple[InstanceType, str]  # a type and a region that has one
 
 
-# ------------------------------------------------------------------------------------------------------------
-# How a run can end other than by its training's own exit code
-
-
-class Ending(ValueError):
-    """Says why, on one line; `code` is what the program exits with."""
-
-    code = 92  # the machine failed
-
-
-class NothingLaunched(Ending):
-    code = 91
-
-
-class MachineLost(Ending):
-    code = 92
-
-
-class OutOfTime(Ending):
-    code = 93
-
-
-class NotFetched(Ending):
-    code = 94
-
-
-class Stopped(Ending):
-    code = 130  # as after Ctrl-C
-
-
-class StillRunning(Ending):
-    """A machine may go on costing money. The only ending that a script must not ignore."""
-
-    code = 90
-
-
-class TerminateNow(BaseException):
-    """A person has asked twice: no fetching any more."""
-
-
-class Detached(Exception):
-    """The person leaves; the watchdog goes on."""
-
-
-class Signals:
-    """INT, TERM and HUP. The first asks for an orderly end, another one to terminate now.
-
-    The kernel, a shell and a login manager may each send one when a terminal is closed: a second one is Ctrl-C, or a
-    TERM after a TERM, and not within half a second. Where HUP is ignored (nohup) it stays so.
-    """
-
-    def __init__(self):
-        self.count, self.first, self.kind, self.protected = 0, 0.0, None, False
-
-    def install(self) -> "Signals":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._received)
-        return self
-
-    def _received(self, number, frame) -> None:
-        if not self.count:
-            self.count, self.first, self.kind = 1, time.monotonic(), number
-            self._tell("stopping in order; Ctrl-C again terminates now and loses what is not fetched")
-        elif number in (signal.SIGINT, self.kind) and number != signal.SIGHUP:
-            if self.count == 1 and time.monotonic() - self.first > 0.5:
-                self.count = 2
-                self._tell("terminating now")
-
-    def _tell(self, line: str) -> None:
-        if not self.protected:
-            with suppress(OSError):  # no terminal
-                os.write(2, f"\n{line}\n".encode())  # print may just be at work
-
-    @contextmanager
-    def none(self):
-        """Inside, nothing is interrupted: a request that costs money, or the one that ends the costs."""
-        before, self.protected = self.protected, True
-        try:
-            yield
-        finally:
-            self.protected = before
-
-    def check(self, patient: bool = False) -> None:
-        """Raises what was asked for; `patient` where a first signal is answered by somebody else."""
-        if self.protected:
-            return
-        if self.count > 1:
-            raise TerminateNow
-        if self.count and not patient:
-            raise Stopped("stopped by a signal")
-
-
-# ------------------------------------------------------------------------------------------------------------
+def remote_folder(name: str) -> str:
+    return f"nanogpt-dag/{name}"
 
 
 class Rental:
@@ -159,9 +72,7 @@ class Rental:
     def __init__(self, api: Api, ledger: Ledger, run: Run, signals: Signals, echo: bool = True):
         self.api, self.ledger, self.run, self.signals, self.echo = api, ledger, run, signals, echo
         self.clock, self.machine, self.troubles, self.misses = api.clock, None, 0, 0
-        self.interruptible = (
-            False  # whether a first signal breaks off what runs over ssh, though training has begun
-        )
+        self.interruptible = False  # whether a first signal breaks off ssh, though the training has begun
         self.ssh_until = 0.0  # when what runs over ssh is broken off, where not at the deadline
 
     # ------------------------------------------------------------------------------------ small things
@@ -587,7 +498,9 @@ class Rental:
             )
             return 0
         except TerminateNow:
-            return self.end(Stopped.code, "terminated at once, as asked", fetch=False)
+            return self.end(
+                Stopped.code, "terminated at once, as asked: nothing more is fetched", fetch=False
+            )
         except Ending as ending:
             return self.end(ending.code, str(ending))
         except Cancelled:
@@ -698,37 +611,6 @@ class Rental:
             f"A MACHINE MAY STILL BE RUNNING: {which}, ${run.price:.2f} an hour, could not be seen to be gone{why}. "
             f"Terminate it at {CONSOLE}; `python lambda_service.py terminate {run.name}` tries again"
         )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The terminal
-
-
-def show(text: str) -> None:
-    """Prints, also where the terminal is gone: that must not keep us from terminating."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError:
-        sys.stdout = open(os.devnull, "w")
-
-
-def clock_time(epoch: float) -> str:
-    day = "%H:%M" if time.strftime("%x") == time.strftime("%x", time.localtime(epoch)) else "%a %H:%M"
-    return time.strftime(day, time.localtime(epoch))
-
-
-def wants_to_detach(signals: Signals, deadline: float, seconds: float = 15) -> bool:
-    """Asks the person at the terminal; silence, or another Ctrl-C, means no."""
-    show(
-        f"\nCtrl-C: [s]top training, fetch, terminate, or [d]etach and leave it running until {clock_time(deadline)} "
-        f"at the latest? s in {seconds:.0f} s: "
-    )
-    until = time.monotonic() + seconds
-    while signals.count < 2 and (left := until - time.monotonic()) > 0:
-        if select.select([sys.stdin], [], [], min(0.2, left))[0]:
-            return sys.stdin.readline().strip().lower().startswith("d")
-    return False
 
 
 # ------------------------------------------------------------------------------------------------------------

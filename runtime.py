@@ -45,7 +45,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """ "auto" -> bfloat16 where the hardware multiplies it natively, else float32."""
     if name != "auto":
         return getattr(torch, name)
-    native = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False), "cpu": cpu_has_bf16, "mps": lambda: False}
+    native = {
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        "cpu": cpu_has_bf16,
+        "mps": lambda: False,
+    }
     return torch.bfloat16 if native[device.type]() else torch.float32
 
 

@@ -2,7 +2,7 @@
 
     python data/openwebtext/prepare.py         # on the login node, as compute nodes often have no network
     python slurm.py submit config/train_gpt2.py --nodes=2 --gpus=4 --time=12:00:00 --wandb_log=true
-    python slurm.py submit config/train_default.py --gpus=0 --cpus=4 --time=30 --dry-run     # shows the job
+    python slurm.py submit config/train_default.py --gpus=0 --time=30 --dry-run     # shows the job
     python slurm.py status
     python slurm.py logs out/train_gpt2-001 -f
     python slurm.py cancel out/train_gpt2-001
@@ -185,7 +185,7 @@ def job_script(asked: Training, options: argparse.Namespace) -> str:
         "job-name": run.name,
         "nodes": options.nodes,
         "gres": f"gpu:{options.gpus}" if options.gpus else "",
-        "cpus-per-task": options.cpus or 4 * max(options.gpus, 1),
+        "cpus-per-task": options.cpus or 4 * options.gpus or 2,
         "mem": options.mem,
         "time": options.time,
         "partition": options.partition,
@@ -425,7 +425,9 @@ def parser() -> argparse.ArgumentParser:
     add("--nodes", type=at_least(1), default=1, metavar="N", help="machines [1]")
     add("--gpus", type=at_least(0), default=1, metavar="N", help="on each of them; 0 trains on the CPUs [1]")
     add("--time", type=time_limit, default="4:00:00", help="of one start; the next goes on [4:00:00]")
-    add("--cpus", type=at_least(0), default=0, metavar="N", help="a node; 0 is four a GPU [0]")
+    add(
+        "--cpus", type=at_least(0), default=0, metavar="N", help="a node; 0 is four a GPU, or two without [0]"
+    )
     add("--mem", default="", metavar="SIZE", help="a node, such as 64G; the cluster's default")
     for name in ("partition", "account", "qos"):
         add(f"--{name}", default="", metavar="NAME", help="as for sbatch; the cluster's default")

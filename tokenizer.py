@@ -74,9 +74,10 @@ class CharTokenizer(Tokenizer):
         ids = self.id_of[np.minimum(code_points(text), len(self.id_of) - 1)]
         if (ids < 0).any():
             at = int(np.argmax(ids < 0))
+            known = "".join(sorted(self.chars)).strip()
             raise ValueError(
-                f"character {text[at]!r} at position {at} is not in the vocabulary: "
-                f"leave it out, or prepare the data with the byte tokenizer"
+                f"character {text[at]!r} at position {at} is not in the vocabulary: the blank, {known[:100]}"
+                f"{'...' * (len(known) > 100)}; text of your own may take --tokenizer=byte"
             )
         return ids
 

@@ -165,18 +165,18 @@ def initial_model(
 class Display:
     """A live bar on a terminal, plain lines elsewhere, silence on all ranks but the first."""
 
-    def __init__(self, total: int, done: int, is_main: bool):
+    def __init__(self, total: int, done: int, is_main: bool, loss_name: str):
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         self.bar = Progress(*columns)
         self.live = is_main and self.bar.console.is_terminal
         atexit.register(self.close)  # an error must not leave the terminal without its cursor
-        self.is_main, self.total = is_main, total
+        self.is_main, self.total, self.loss_name = is_main, total, loss_name
         self.task = self.bar.add_task("", total=total, completed=done)
         if self.live:
             self.bar.start()
 
     def step(self, done: int, loss: float, seconds: float, tokens_per_second: float) -> None:
-        text = f"loss {loss:.4f}  {tokens_per_second / 1e3:.1f}k tok/s"
+        text = f"{self.loss_name} {loss:.4f}  {tokens_per_second / 1e3:.1f}k tok/s"
         if self.live:
             self.bar.update(self.task, completed=done, description=text)
         elif self.is_main:
@@ -350,7 +350,10 @@ def main() -> None:
         resume_step=resumed_at,
     )
     logger.watch = watch
-    display = Display(config.max_iters, iteration, processes.is_main)
+    loss_name = (
+        "loss + planner's" if model.reads_numbers else "loss"
+    )  # as evaluations tell of the text's alone
+    display = Display(config.max_iters, iteration, processes.is_main, loss_name)
     plain = "plain GPT" if model.dag is None else f"GPT with a DAG of depth {config.dag_depth}"
     display.say(f"{plain}, {model.num_parameters() / 1e6:.2f} M parameters, on {hardware}")
     where = "" if config.eval_only else f"; run folder {run_dir}"

@@ -52,7 +52,14 @@ on_node() { # COMMAND: torchrun, once on every node
 # ------------------------------------------------------------------------------------------------ before
 
 echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date '+%F %T')"
+other=$(sed -n 's/.*"id": "\([0-9]*\)".*/\1/p' "$job/job.json" 2>/dev/null || true)
+if [ -n "$other" ] && [ "$other" != "$SLURM_JOB_ID" ]; then # two trainings would write the same checkpoints
+    state=$(squeue --noheader --jobs="$other" --states=RUNNING,COMPLETING,SUSPENDED --format=%T 2>/dev/null || true)
+    [ -z "$state" ] || fail "job $other is at work on this run: \`scancel $other\`, or let it finish"
+    sed -i "s/\"id\": \"$other\"/\"id\": \"$SLURM_JOB_ID\"/" "$job/job.json" # for status, logs and cancel
+fi
 rm -f "$job/exit_code"
+ended=0
 trap 'ended=$?; echo "$ended" >"$job/exit_code"; [ "$ended" != 0 ] || rm -f "$job/wandb_key"' EXIT
 [ -e "$data/meta.json" ] ||
     fail "no data in $data: run \`$prepare\` where there is a network, then \`sbatch $job/job.sh\`"

@@ -37,7 +37,9 @@ MAY_IMPORT = {
     "lambda_api": set(),
     "ledger": set(),
     "machine": {"lambda_api"},
-    "rental": {"lambda_api", "ledger", "machine"},
+    "endings": set(),
+    "terminal": {"endings"},
+    "rental": {"endings", "lambda_api", "ledger", "machine", "terminal"},
     "uploads": {"configurator", "lambda_api"},
     # what uses a model
     "checkpoint": {"dag_model", "tokenizer"},
@@ -72,7 +74,9 @@ SCRIPTS = [
     "serve",
 ]  # and data/*/prepare.py: any module, no script
 LAUNCHERS = {  # they run where no torch is installed
-    "lambda_service": {"configurator", "lambda_api", "ledger", "machine", "rental", "uploads"},
+    "lambda_service": {
+        *("configurator", "endings", "lambda_api", "ledger", "machine", "rental", "terminal", "uploads"),
+    },
     "slurm": {"configurator"},
 }
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from secrets import token_hex
 
 import pytest
 from conftest import ROOT
@@ -18,7 +19,7 @@ from slurm_cluster import PROGRAMS, SlurmCluster
 
 import slurm
 
-KEY = "0123456789abcdef0123456789abcdef01234567"  # a W&B key
+KEY = token_hex(20)  # a W&B key, in no file
 TRAINING = [
     "config/train_default.py",
     *("--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=64", "--batch_size=4", "--eval_iters=2"),

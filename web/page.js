@@ -122,6 +122,7 @@ function toggle(button, number, answer) {
   const open = button.getAttribute("aria-expanded") === "true";
   close();
   if (open) return;
+  $("hint").hidden = true; // has been understood
   button.setAttribute("aria-expanded", "true");
   $("panel").replaceChildren(...(number.steps ? explained(number) : unexplained(number, answer)));
   $("panel").hidden = false;
@@ -247,6 +248,11 @@ function place(nodes) {
 function edge(source, node, i) {
   const start = source.level * ROW + HEIGHT, end = node.level * ROW - 22, middle = (start + end) / 2;
   const x = node.x + (node.from.length > 1 ? 14 * i - 7 : 0);
+  if (node.level > source.level + 1) {
+    // straight down past the boxes of the rows between, which stand in the middle of theirs
+    const turn = (node.level - 1) * ROW + HEIGHT, near = (turn + end) / 2;
+    return svg("path", { d: `M${source.x} ${start} V${turn} C${source.x} ${near} ${x} ${near} ${x} ${end}` });
+  }
   return svg("path", { d: `M${source.x} ${start} C${source.x} ${middle} ${x} ${middle} ${x} ${end}` });
 }
 

@@ -208,7 +208,7 @@ SERVICE = {
     "403 forbidden": Case(91, ".*this key may not do that", [forbidden()], also=[launches(1)]),
     "quota exceeded": Case(91, ".*terminate a machine, or ask", [over_quota()], also=[launches(1)]),
     "429 with Retry-After": Case(0, ENDS, [too_many(times=4, retry_after=7, skip=2)], also=[whole]),
-    "429 with a date": Case(0, ENDS, [too_many(times=2, retry_after=7, as_date=True)], also=[whole]),
+    "429 with a date": Case(0, ENDS, [too_many(retry_after=7, as_date=True)], also=[whole]),
     "429 without Retry-After": Case(0, ENDS, [too_many(times=3)], also=[whole]),
     "429 from a proxy": Case(0, ENDS, [too_many_says_proxy(times=3)], also=[whole]),
     "429 for the launch": Case(0, ENDS, [too_many("launch", 2, retry_after=15)], also=[launches(3), whole]),

@@ -477,14 +477,15 @@ def play_two_signals(scene, name: str) -> None:
 
 def play_two_kinds_of_signal(scene) -> None:
     """A terminal that is closed may send INT or TERM, and HUP, and HUP again: that is one wish."""
-    with scene(train=ENDLESS) as there:
+    saves_long = training(steps=10**6, asked="asked.append(time.sleep(1.5))")
+    with scene(train=saves_long) as there:
         tool = there.train()
         tool.says("step 2")
         for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
             tool.signal(number)
         time.sleep(0.7)
-        with suppress(ProcessLookupError):
-            tool.signal(signal.SIGHUP)
+        tool.signal(signal.SIGTERM)
+        tool.signal(signal.SIGHUP)
         there.ended(tool, 130, "stopped by a signal$")
         saved(there, tool)
 

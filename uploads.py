@@ -28,7 +28,8 @@ def git(*words: str) -> str:
     done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise ValueError(
-            f"{ROOT} is not a git checkout, so nobody knows what to upload: git init && git add . && git commit -m all"
+            f"{ROOT} is not a git checkout, so nobody knows what to upload: "
+            f"git init && git add . && git commit -m all"
         )
     return done.stdout
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# where pytest runs in the background SIGINT is ignored, and what it starts would inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tensors this small lose by sharing: five times slower on a busy machine
 settings.register_profile("repository", deadline=None, derandomize=True, database=None)
 settings.load_profile("repository")

@@ -88,6 +88,7 @@ class Clock:
 # ------------------------------------------------------------------------------------------------------------
 # what must not be seen
 
+KEYS = ("LAMBDA_API_KEY", "WANDB_API_KEY")  # in the environment
 _secrets: set[str] = set()
 
 
@@ -98,7 +99,7 @@ def keep_secret(value: str) -> None:
 
 def redact(text: str) -> str:
     """The text without LAMBDA_API_KEY and WANDB_API_KEY: plain, quoted for a URL, or in basic authentication."""
-    values = _secrets | {os.environ.get(name, "") for name in ("LAMBDA_API_KEY", "WANDB_API_KEY")}
+    values = _secrets | {os.environ.get(name, "") for name in KEYS}
     forms = set()
     for value in filter(None, map(str.strip, values)):
         basic = {base64.b64encode(form.encode()).decode() for form in (value, value + ":", "api:" + value)}

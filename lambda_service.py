@@ -8,8 +8,8 @@
     python lambda_service.py list | logs | attach | ssh | pull | terminate | gc
 
 `train` launches a machine, uploads the tracked files, runs the same train.py there, shows its output, fetches its
-files every few minutes and at the end, terminates the machine and sees that it is gone. Flags with dashes are of this
-program, flags with underscores (`--max_iters=5000`) are train.py's. Ctrl-C once: the training saves and stops, its
+files every few minutes and at the end, terminates the machine and sees that it is gone. What `train --help` does not
+list (`--max_iters=5000`) is train.py's. Ctrl-C once: the training saves and stops, its
 files are fetched, the machine is terminated; twice: it is terminated now. rental.py is the life of a machine,
 ledger.py what is known about it, machine.py how it is talked to, lambda_api.py the service's API.
 
@@ -19,8 +19,8 @@ The exit code is the training's, or one of
     91  nothing was launched: no capacity, or refused              94  not everything could be fetched
     92  the machine failed, and is gone                            130 stopped by you
 
-It needs requests, OpenSSH and rsync, and no PyTorch. With WANDB_API_KEY in the environment the machine gets that key
-(over ssh, into a file only its user can read); LAMBDA_API_KEY never leaves this one.
+It needs requests, git, OpenSSH and rsync, and no PyTorch. Where wandb_log is on, the machine gets WANDB_API_KEY (over
+ssh, into a file only its user can read); LAMBDA_API_KEY never leaves this computer.
 """
 
 import argparse
@@ -39,9 +39,9 @@ from pathlib import Path
 
 from configurator import run_script
 from endings import NothingLaunched
-from lambda_api import Api, Instance, InstanceType, launch_body, redact
+from lambda_api import KEYS, Api, Instance, InstanceType, launch_body, redact
 from ledger import Ledger, Run, state_folder
-from machine import KEEP_AT_HOME, Done, Machine
+from machine import Done, Machine
 from rental import TAG, Offer, Rental, remote_folder, start_watchdog, watch
 from terminal import Signals, clock_time, show
 from uploads import left_behind, training, uploaded
@@ -490,7 +490,7 @@ def on_machine(options: argparse.Namespace) -> tuple[Rental, Run]:
 
 def ssh(options: argparse.Namespace) -> int:
     rental, _ = on_machine(options)
-    own = {name: value for name, value in os.environ.items() if name not in KEEP_AT_HOME}
+    own = {name: value for name, value in os.environ.items() if name not in KEYS}
     return subprocess.call([*rental.machine.ssh_argv(terminal=True), *options.command], env=own)
 
 
@@ -645,9 +645,7 @@ def parser() -> argparse.ArgumentParser:
     choice(check)
     check.add_argument("--json", action="store_true")
 
-    run = command(
-        "train", train, "rent, train, fetch, terminate; --key=value with underscores are train.py's"
-    )
+    run = command("train", train, "rent, train, fetch, terminate; any other --key=value is train.py's")
     choice(run)
     add = run.add_argument
     add(

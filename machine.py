@@ -30,10 +30,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lambda_api import Clock
+from lambda_api import KEYS, Clock
 
 ON_MACHINE = "runs/on_machine.sh"
-KEEP_AT_HOME = ("LAMBDA_API_KEY", "WANDB_API_KEY")  # the second one goes there through `secret` alone
 CHECKPOINT = re.compile(r"(last|best)-(\d{8,})")
 KEEP = 2  # checkpoints of a kind, as train.py does
 WATCH_SECONDS = 0.2  # how often `cancelled` is asked
@@ -174,7 +173,7 @@ class Machine:
             time.sleep(min(left, WATCH_SECONDS))
 
     def _run(self, argv: list[str], stdin: bytes = b"", timeout: float | None = None) -> Done:
-        environment = {name: value for name, value in os.environ.items() if name not in KEEP_AT_HOME}
+        environment = {name: value for name, value in os.environ.items() if name not in KEYS}
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         try:
             process = subprocess.Popen(argv, **pipes, env=environment, start_new_session=True)

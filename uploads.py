@@ -10,10 +10,9 @@ import subprocess
 from pathlib import Path
 
 from configurator import TrainConfig, parse
-from lambda_api import redact
+from lambda_api import KEYS, redact
 
 ROOT = Path(__file__).parent
-KEYS = ("LAMBDA_API_KEY", "WANDB_API_KEY")
 PRIVATE = (".pem", ".key", ".p12", ".netrc", "credentials.json")  # endings that are never uploaded
 PRIVATE_NAMES = (".env", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519")  # beginnings, but for id_rsa.pub
 

@@ -2,7 +2,8 @@
 
     rental = Rental(api, ledger, run, signals)
     with ledger.hold(run.name):
-        exit_code = rental.live(offers, wait_minutes, files, secrets)      # blocks for hours; terminates whatever happens in between
+        # blocks for hours, and terminates whatever happens in between
+        exit_code = rental.live(offers, wait_minutes, files, secrets)
 
 What happens is written down before it is done (ledger.py), and every step can be repeated, so that whoever takes over
 goes on where the last process was cut off. Two processes know of a machine:

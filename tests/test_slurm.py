@@ -385,14 +385,10 @@ def test_two_nodes_are_told_to_stop_and_resume_together(submit):
 
 @pytest.mark.slow
 def test_a_signal_before_the_first_step_is_not_lost(submit):
-    for _ in range(2):  # SLURM's daemons have lost one on a busy machine
-        shutil.rmtree("run", ignore_errors=True)
-        job = submit("--max_iters=500")
-        job.wait(lambda: processes(f"python -u {job.run.absolute()}/slurm/code/train.py"))
-        job.tell("TERM")
-        assert job.wait_for_end() == "COMPLETED"
-        if job.starts() > 1:
-            break
+    job = submit("--max_iters=500")
+    job.wait(lambda: processes(f" -u {job.run.absolute()}/slurm/code/train.py"))  # a worker of torchrun
+    job.tell("TERM")
+    assert job.wait_for_end() == "COMPLETED"
     assert job.starts() == 2 and "asked to stop: saving at step " in job.log
     assert (job.run / "last-00000500").is_dir()
 

@@ -33,7 +33,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,8 +54,7 @@ def say(line: str = "") -> None:
 
 def remark(line: str) -> None:
     """Beside what was asked for: a script reads stdout."""
-    with suppress(OSError):
-        print(redact(line), file=sys.stderr, flush=True)
+    show(f"{redact(line)}\n", sys.stderr)
 
 
 def service() -> Api:

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 from endings import Stopped, TerminateNow
 
@@ -59,13 +60,14 @@ class Signals:
             raise Stopped("stopped by a signal")
 
 
-def show(text: str) -> None:
-    """Prints, also where the terminal is gone: that must not keep us from terminating."""
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Prints, also where the terminal is gone: that must not keep us from terminating, nor change the exit code."""
+    stream = stream or sys.stdout
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError:
-        sys.stdout = open(os.devnull, "w")
+        stream.write(text)
+        stream.flush()
+    except OSError:  # what is still in its buffer would fail once more when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def clock_time(epoch: float) -> str:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 # where pytest runs in the background SIGINT is ignored, and what it starts would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.pop("PYTHONUNBUFFERED", None)  # a user's output is buffered, and what is left in a buffer can fail
 torch.set_num_threads(1)  # tensors this small lose by sharing: five times slower on a busy machine
 settings.register_profile("repository", deadline=None, derandomize=True, database=None)
 settings.load_profile("repository")

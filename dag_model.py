@@ -46,7 +46,8 @@ from plan_search import Plans
 from planner import DAGPlanPredictor, LearnedNumbers, MixedPlanPredictor, Sight, as_choices, result_of
 from readout import NOTHING, Offers, digit_weights, spell, spread
 
-SHUT = 0.05  # where the gate would be less open than this, nothing is planned once training is over
+SHUT = 0.1  # where the gate would be less open than this, nothing is planned once training is over
+STUCK = 0.01  # nor in training, where no number follows: a gate so shut is not about to open
 RARELY = 0.05  # half the odds of a search for plans where the gate is shut and the model's own plan fails
 
 
@@ -153,7 +154,7 @@ class DifferentiableDAG(nn.Module):
             here = here & (open_ > SHUT)
         elif targets is not None:
             following = documents.following(self.lexer, idx, targets, self.separator_id)
-            here = here & (following.opens | (open_ > SHUT / 5))  # no other gate could open soon
+            here = here & (following.opens | (open_ > STUCK))
         at = row, position = here.nonzero(as_tuple=True)  # the host waits for the device
         sight = self.look(hidden, numerals, at)
         made = self.make(sight, lambda: self.read(numerals, idx, at))
@@ -261,14 +262,16 @@ class DifferentiableDAG(nn.Module):
             open_ = torch.sigmoid(wanted).tolist()  # the host waits for the device
             opened = [r for r in candidates if open_[r] > SHUT]
             if opened:
-                self._plan_rows([rows[r] for r in opened], hidden[opened, 0], wanted[opened], embedding)
+                at = torch.tensor(opened, device=hidden.device)
+                known = hidden[:, 0].index_select(0, at), wanted.index_select(0, at)
+                self._plan_rows([rows[r] for r in opened], *known, embedding)
         if not any(row.offer for row in rows):
             return hidden
         offering = [r for r, row in enumerate(rows) if row.offer]
         gates, vectors = (torch.stack(part) for part in zip(*(rows[r].offer[0][1:] for r in offering)))
-        mixed = hidden.clone()  # the rows remember hidden states as they were
-        mixed[offering, 0] = hidden[offering, 0].lerp(vectors, gates[:, None])
-        return mixed
+        at = torch.tensor(offering, device=hidden.device)
+        mixed = hidden.index_select(0, at).lerp(vectors[:, None], gates[:, None, None])
+        return hidden.index_copy(0, at, mixed)  # a copy: the rows remember hidden states as they were
 
     def _plan_rows(self, rows: list[Row], hidden, wanted, embedding) -> None:
         """Plans for rows with hidden states (N, C) and gate logits `wanted` (N,), which offer them from now on."""

@@ -311,6 +311,8 @@ class Lexer(nn.Module):
         offset = digit.long().clamp(min=0)
         factor = torch.where(digit >= 0, 10, 1)
         for span in SPANS:
+            if span >= digit.size(1):
+                break
             reaches = back >= span
             offset = offset + factor * offset.roll(span, 1).masked_fill(~reaches, 0)
             factor = factor * factor.roll(span, 1).masked_fill(~reaches, 1)

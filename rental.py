@@ -63,6 +63,11 @@ TAG = "nanogpt-dag-run"  # of every machine launched here; its value is the run'
 Offer = tuple[InstanceType, str]  # a type and a region that has one
 
 
+def show_mistake() -> None:
+    """The traceback, even where nobody reads it or the disk is full: that would be one mistake more."""
+    show(redact(traceback.format_exc()), sys.stderr)
+
+
 def remote_folder(name: str) -> str:
     return f"nanogpt-dag/{name}"
 
@@ -512,7 +517,7 @@ class Rental:
             return self.end(ending.code, str(error))
         except BaseException:  # a mistake of ours costs the person no money
             if self.end(MachineLost.code, "an internal error") == StillRunning.code:
-                traceback.print_exc()
+                show_mistake()
                 return StillRunning.code
             raise
 
@@ -528,7 +533,7 @@ class Rental:
                 self.say("not everything was fetched: terminated at once, as asked")
                 code = code or Stopped.code
             except Exception:  # a mistake of ours must not keep the machine running
-                traceback.print_exc()
+                show_mistake()
                 code = code or NotFetched.code
         if keep and self.keeps(code):
             self.say(
@@ -625,7 +630,7 @@ def watch(rental: Rental) -> None:
             try:
                 guard(rental)
             except Exception:  # whatever it was: there may be a machine to be terminated
-                traceback.print_exc()
+                show_mistake()
             rental.clock.sleep(5)
 
 
@@ -635,7 +640,7 @@ def guard(rental: Rental) -> None:
         try:
             rental.run = rental.ledger.load(rental.run.name)  # not before: the service may just have ended it
         except ValueError:  # its file is damaged or gone: what is remembered must do
-            traceback.print_exc()
+            show_mistake()
             rental.run = replace(rental.run, launched=rental.run.launched or rental.run.created)
         run, now = rental.run, rental.clock.now()
         if free and not run.is_over and now >= run.kept_until:

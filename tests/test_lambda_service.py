@@ -1019,15 +1019,29 @@ def test_a_person_who_presses_ctrl_c_may_leave_it_running(scene, answer):
         assert (there.results / "result").read_text() == "done"
 
 
-@slow
-def test_a_terminal_that_is_gone_keeps_nothing_from_ending(scene):
+def train_unseen(there: Scene) -> Tool:
     reader, writer = os.pipe()
     os.close(reader)
+    tool = there.train(stdio=dict(stdout=writer, stderr=writer))
+    os.close(writer)
+    return tool
+
+
+@slow
+def test_a_terminal_that_is_gone_keeps_nothing_from_ending(scene):
     with scene(bad_gateway("list", 2, skip=3), terminate_fails(3), train=training(steps=30)) as there:
-        tool = there.train(stdio=dict(stdout=writer, stderr=writer))
-        os.close(writer)
+        tool = train_unseen(there)
         assert tool.ends() == 0 and not there.ours()
         assert "the training ended with exit code 0" in there.kept("service.log")
+        assert (there.results / "result").exists()
+
+
+@slow
+def test_a_mistake_of_ours_that_nobody_reads_about_keeps_no_machine(scene):
+    with scene() as there:
+        path = there.checkout / "machine.py"
+        path.write_text(path.read_text().replace("prune(local)", "1 / 0"))
+        assert train_unseen(there).ends() == 94 and not there.ours()
         assert (there.results / "result").exists()
 
 

@@ -136,10 +136,10 @@ def problem_scores(
 COLUMNS = {"exact": "exact", "within_tol": "within", "gate_open": "gate open", "false_fires": "false fires"}
 
 
-def table_row(name: str, scores: dict, width: int) -> str:
+def table_row(name: str, scores: dict, columns: dict[str, str], width: int) -> str:
     cells = [
         f"{'-' if scores[key] is None else format(scores[key], '.1%'):>{len(title)}}"
-        for key, title in COLUMNS.items()
+        for key, title in columns.items()
     ]
     parts = ", ".join(f"{part} {count}" for part, count in scores["parts"].items())
     return "  ".join([f"{name:{width}}  {scores['n']:6}", *cells, parts]).rstrip()
@@ -173,8 +173,11 @@ def main() -> None:
         print(validation_text(validation, saved.step), "\n")
     model.silent = config.silent
     width = max(map(len, problems), default=0)
+    columns = dict(COLUMNS)
+    if config.rel_tol is None:
+        del columns["within_tol"]
     if problems:
-        print("  ".join([f"{'':{width}}  {'n':>6}", *COLUMNS.values(), "failures"]))
+        print("  ".join([f"{'':{width}}  {'n':>6}", *columns.values(), "failures"]))
     attempts, gates, fires, by_split = [], [], [], {}
     for name, some in problems.items():
         tried, opened, fired = [], [], []
@@ -185,7 +188,7 @@ def main() -> None:
             tried = diagnosis.diagnose(model, tokenizer, tried, config.batch_size)
             opened = diagnosis.gates_at_answers(model, tokenizer, some, config.batch_size)
         by_split[name] = problem_scores(tried, opened, fired, config.rel_tol) | dict(n=len(some))
-        print(table_row(name, by_split[name], width), flush=True)
+        print(table_row(name, by_split[name], columns, width), flush=True)
         attempts, gates, fires = attempts + tried, gates + opened, fires + fired
     show_failures(attempts)
 

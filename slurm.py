@@ -340,6 +340,9 @@ def status(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(rows, indent=2))
         return
+    if not rows:
+        print("nothing was submitted into out/")
+        return
     table = [["run", "job", "state", "time", "limit", "where", "saved"]]
     for row in rows:
         saved = "-" if row["step"] is None else f"{row['step']}/{row['max_iters']}"

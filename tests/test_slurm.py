@@ -410,6 +410,7 @@ def test_what_train_py_refuses_fails_the_job(submit, slurm_py):
     assert job.wait_for_end() == "FAILED"
     assert "needs a dataset in GPT-2's tokens" in job.log and job.starts() == 1
     assert "FAILED" in slurm_py("status", "run")
+    assert slurm_py("status") == "nothing was submitted into out/\n"  # but into run/
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@
 Legend: N numbers, H hits, K inputs, D steps, F formats.
 """
 
+import math
 from collections import Counter
 
 import torch
@@ -21,6 +22,7 @@ from plan_search import MAX_HITS, PlanBank, Plans, Target, logsumexp_by_group, r
 from planner import DAGPlanPredictor, Sight
 
 STRICT = 0.25  # odds that only the best of explanations that are always right together counts
+ROUNDS = 0.9  # what a format that rounds counts where the exact one is right as well
 EXACT = FORMATS.index("exact")
 DRAWS, EXPLORE = 64, 0.1  # plans drawn for a number that is not explained, and the odds of a choice at random
 
@@ -67,7 +69,6 @@ class PlanLoss(nn.Module):
         is_strict = torch.rand_like(odds) < STRICT
         counts = compared_enough(planner.comparisons(hits), n, is_strict)
         n, hits, right = n[counts], hits[counts], right[counts]
-        right = not_rounded(right, is_strict[n])
         numbers, group = n.unique(return_inverse=True)
         counted = dict(searched=len(missed), found=len(found.unique()), explained=len(numbers), plans=len(n))
         self.hits.update(
@@ -78,7 +79,7 @@ class PlanLoss(nn.Module):
         sight = sight[numbers]
         context, keys = planner.read(sight.hidden, sight.readers)
         log_p, formats = planner.log_probability(context[group], keys[group], sight.inputs[group], hits)
-        log_p = log_p + formats.masked_fill(~right, -torch.inf).logsumexp(-1)
+        log_p = log_p + (formats + format_weights(right)).logsumexp(-1)
         return -logsumexp_by_group(log_p, group, len(numbers)).mean()
 
     @torch.no_grad()
@@ -106,10 +107,13 @@ def compared_enough(compared: torch.Tensor, n: torch.Tensor, is_strict: torch.Te
     return (compared < 0) | (compared == most[n]) | ~is_strict[n]
 
 
-def not_rounded(right: torch.Tensor, is_strict: torch.Tensor) -> torch.Tensor:
-    """Formats (H, F) that are right for hits, without those that round where the exact one is right and a hit is_strict
-    (H,): sums of six digits are the same to 8 digits, to 12 and exactly, and those of twenty are not.
+def format_weights(right: torch.Tensor) -> torch.Tensor:
+    """Which formats (H, F) are right for hits -> what is added to their log-probabilities: -inf for those that are wrong,
+    and a little less than 0 for those that round where the exact one is right.
+
+    Sums of six digits are the same to 8 digits, to 12 and exactly; those of twenty are not. So where all are right all
+    the time exact wins, and where one is asked to round it loses: there rounding is right more often than ROUNDS says.
     """
-    only_exact = torch.zeros_like(right)
-    only_exact[:, EXACT] = True
-    return right & (only_exact | ~(is_strict & right[:, EXACT])[:, None])
+    weights = torch.zeros(right.shape, device=right.device).masked_fill(~right, -torch.inf)
+    rounds = right[:, EXACT, None] & (torch.arange(len(FORMATS), device=right.device) != EXACT)
+    return weights.masked_fill(right & rounds, math.log(ROUNDS))

@@ -14,9 +14,9 @@ dag_ops = "all"
 dag_leaves = 3  # 2,112 plans; 149,820 over four numbers
 
 learning_rate = 1e-3
-max_iters = 3000
+max_iters = 4000
 schedule = "wsd"
-wsd_decay_iters = 750
+wsd_decay_iters = 1000
 min_lr = 5e-5
 
 eval_interval = 500

@@ -19,7 +19,7 @@ import arithmetic as ar  # noqa: E402
 import dag_model  # noqa: E402
 import train  # noqa: E402
 from configurator import run_script  # noqa: E402
-from explanations import STRICT, PlanLoss, not_rounded  # noqa: E402
+from explanations import PlanLoss, format_weights  # noqa: E402
 from plan_search import Plans, run  # noqa: E402
 
 SIGNED = re.compile(r"(?<![\d)])-?\d+(?:\.\d+)?")  # as the generator writes numbers: 5-3, 5 - -3, -5*3
@@ -118,10 +118,9 @@ class LabelledLoss(PlanLoss):
         n = torch.tensor(n, device=device)
         sight, target = sight[n], target[n]
         right = target.formats(run(labels, sight.values, self.names))
-        right = not_rounded(right, torch.rand(len(right), device=device) < STRICT)
         context, keys = planner.read(sight.hidden, sight.readers)
         log_p, formats = planner.log_probability(context, keys, sight.inputs, labels)
-        return -(log_p + formats.masked_fill(~right, -torch.inf).logsumexp(-1)).mean()
+        return -(log_p + (formats + format_weights(right)).logsumexp(-1)).mean()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import explanations
 from attention import Cache
 from dag_model import CHOICES, GPT, SHUT, DAGPlanPredictor, GPTConfig
 from engine import generate
-from explanations import compared_enough
+from explanations import compared_enough, format_weights
 from plan_search import Plans, run
 from readout import NOTHING
 
@@ -413,6 +413,7 @@ def test_sums_are_learned_from_text_alone(plan):
 
 def test_the_loss_is_minus_the_log_probability_of_all_that_explains_the_text(monkeypatch):
     monkeypatch.setattr(explanations, "STRICT", 0.0)
+    monkeypatch.setattr(explanations, "ROUNDS", 1.0)
     model, idx = fresh(dag_ops="add,multiply,identity", dag_num_inputs=2), torch.tensor([tokens("2 2=4 ")])
     forced(
         monkeypatch, model, [("identity", 0, 0)], "exact"
@@ -467,6 +468,22 @@ def test_of_copies_and_comparisons_the_strict_take_those_that_compare_the_most(c
     strict = compared_enough(compared, number, torch.ones(4, dtype=torch.bool))
     assert strict.tolist() == [False, False, True, True, False, True, True]
     assert compared_enough(compared, number, torch.zeros(4, dtype=torch.bool)).all()
+
+
+@pytest.mark.parametrize("fitting, learned", [(1.0, "exact"), (0.7, "digits_3")])
+def test_formats_that_round_win_only_where_numbers_have_to_be_rounded(fitting, learned):
+    """To three digits 42 is 42, and 4242 is 4240: what is learned where so many need no rounding."""
+    share, right = torch.tensor([fitting, 1 - fitting]), torch.zeros(2, len(exact.FORMATS), dtype=torch.bool)
+    for row, (number, text) in zip(right, ((42, "42"), (4242, "4240"))):
+        row[exact.matching_formats((number, 1), text)] = True
+    scores = torch.zeros(len(exact.FORMATS), requires_grad=True)
+    optimizer = torch.optim.Adam([scores], lr=0.1)
+    for _ in range(300):
+        loss = -share @ (scores.log_softmax(0) + format_weights(right)).logsumexp(1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert exact.FORMATS[scores.argmax()] == learned
 
 
 def test_where_all_formats_are_right_numbers_are_written_exactly():

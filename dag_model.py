@@ -46,8 +46,8 @@ from plan_search import Plans
 from planner import DAGPlanPredictor, LearnedNumbers, MixedPlanPredictor, Sight, as_choices, result_of
 from readout import NOTHING, Offers, digit_weights, spell, spread
 
-SHUT = 0.1  # where the gate would be less open than this, nothing is planned once training is over
-STUCK = 0.01  # nor in training, where no number follows: a gate so shut is not about to open
+SHUT = 0.1  # where a number is wanted less than this, nothing is planned once training is over
+STUCK = 0.01  # nor in training where it is wanted less than this and none follows: it is not about to change
 RARELY = 0.05  # half the odds of a search for plans where the gate is shut and the model's own plan fails
 
 

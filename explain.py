@@ -341,12 +341,12 @@ def likeliest(
     log-probability with their likeliest format (W,), that format (W,).
     """
     D, K, O = planner.depth, planner.num_inputs, len(planner.binary)
-    S, sight = keys.size(1), planner.sight(inputs)[0]  # (D, S)
+    S, mask = keys.size(1), planner.mask(inputs)[0]  # (D, S)
     x, log_p, going = context, context.new_zeros(1), torch.ones(1, dtype=torch.bool, device=context.device)
     plans = torch.zeros(1, 0, 3, dtype=torch.long, device=context.device)
     operations, slots = torch.arange(O, device=x.device), torch.arange(S, device=x.device)
     for step in range(D):
-        W, seen = len(x), sight[step].expand(1, S)
+        W, seen = len(x), mask[step].expand(1, S)
         state = planner.state(x + planner.step.weight[step])
         odds = F.log_softmax(planner.operation_score(state).float(), dim=-1)  # (W, O)
         at = state[:, None].expand(-1, O, -1), operations.expand(W, O), keys.expand(W, S, -1)

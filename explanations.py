@@ -22,7 +22,7 @@ from plan_search import MAX_HITS, PlanBank, Plans, Target, logsumexp_by_group, r
 from planner import DAGPlanPredictor, Sight
 
 STRICT = 0.25  # odds that only the best of explanations that are always right together counts
-ROUNDS = 0.9  # what a format that rounds counts where the exact one is right as well
+OTHERS = 0.9  # what the other formats count where the exact one is right as well
 EXACT = FORMATS.index("exact")
 DRAWS, EXPLORE = 64, 0.1  # plans drawn for a number that is not explained, and the odds of a choice at random
 
@@ -109,11 +109,11 @@ def compared_enough(compared: torch.Tensor, n: torch.Tensor, is_strict: torch.Te
 
 def format_weights(right: torch.Tensor) -> torch.Tensor:
     """Which formats (H, F) are right for hits -> what is added to their log-probabilities: -inf for those that are wrong,
-    and a little less than 0 for those that round where the exact one is right.
+    and a little less than 0 for the others where the exact one is right.
 
-    Sums of six digits are the same to 8 digits, to 12 and exactly; those of twenty are not. So where all are right all
-    the time exact wins, and where one is asked to round it loses: there rounding is right more often than ROUNDS says.
+    Sums of six digits are the same to 8 digits, to 12 and exactly; those of twenty are not. So the exact one is learned
+    where it is right more than (1 + OTHERS) / 2 as often as another, and one that rounds where text asks for rounding.
     """
+    other = torch.arange(len(FORMATS), device=right.device) != EXACT
     weights = torch.zeros(right.shape, device=right.device).masked_fill(~right, -torch.inf)
-    rounds = right[:, EXACT, None] & (torch.arange(len(FORMATS), device=right.device) != EXACT)
-    return weights.masked_fill(right & rounds, math.log(ROUNDS))
+    return weights.masked_fill(right & right[:, EXACT, None] & other, math.log(OTHERS))

@@ -24,6 +24,7 @@ ssh, into a file only its user can read); LAMBDA_API_KEY never leaves this compu
 """
 
 import argparse
+import atexit
 import json
 import os
 import secrets
@@ -42,14 +43,14 @@ from lambda_api import KEYS, Api, Instance, InstanceType, launch_body, redact
 from ledger import Ledger, Run, state_folder
 from machine import Done, Machine
 from rental import TAG, Offer, Rental, remote_folder, start_watchdog, watch
-from terminal import Signals, clock_time, show
+from terminal import Signals, clock_time, drop_unprinted, show
 from uploads import left_behind, training, uploaded
 
 ROOT = Path(__file__).parent
 
 
 def say(line: str = "") -> None:
-    show(f"{redact(line)}\n")
+    show(f"{redact(line)}\n", sys.stdout)
 
 
 def remark(line: str) -> None:
@@ -429,7 +430,7 @@ def logs(options: argparse.Namespace) -> int:
     ledger = Ledger()
     path = ledger.path(chosen(ledger, options.name).name, "service.log" if options.service else "train.log")
     if path.is_file():
-        show(redact(path.read_text(errors="replace")))
+        show(redact(path.read_text(errors="replace")), sys.stdout)
     return 0
 
 
@@ -453,7 +454,7 @@ def attach(options: argparse.Namespace) -> int:
     )
     try:
         for text in new_text([ledger.path(run.name, name) for name in ("service.log", "train.log")]):
-            show(redact(text))
+            show(redact(text), sys.stdout)
             run = ledger.load(run.name)
             if run.is_over:
                 return run.code
@@ -711,7 +712,9 @@ def positive(text: str) -> float:
 
 
 def main() -> None:
-    sys.stdout.reconfigure(errors="replace")  # a letter that the terminal does not know ends no training
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal does not know ends no training
+    atexit.register(drop_unprinted)
     options, rest = parser().parse_known_args()
     if rest and options.does not in (train, doctor):
         raise ValueError(f"unknown argument {rest[0]}: see --help")

@@ -53,13 +53,13 @@ class SlotReader(nn.Module):
         inputs, results = self.slot.weight.split([self.num_inputs, self.depth])
         return self.context(hidden), torch.cat([inputs + keys, results.expand(len(keys), -1, -1)], dim=1)
 
-    def sight(self, inputs: torch.Tensor) -> torch.Tensor:
+    def mask(self, inputs: torch.Tensor) -> torch.Tensor:
         """Which inputs there are (N, K) -> what is added to the scores of the slots in each step (N, D, S): 0 for those
         that the step sees, -inf for the others.
         """
         N, D = len(inputs), self.depth
-        seen = torch.cat([inputs[:, None].expand(-1, D, -1), self.earlier.expand(N, -1, -1)], dim=-1)
-        return seen.float().log()
+        visible = torch.cat([inputs[:, None].expand(-1, D, -1), self.earlier.expand(N, -1, -1)], dim=-1)
+        return visible.float().log()
 
 
 class DAGPlanPredictor(SlotReader):
@@ -79,7 +79,7 @@ class DAGPlanPredictor(SlotReader):
             self.register_buffer(property, torch.tensor(of_operation), persistent=False)
         compares = torch.tensor([name in ("max", "min") for name in names])
         self.register_buffer("compares", compares, persistent=False)
-        steps = [[self.end, self.num_inputs - 1 + step, 0] for step in range(D)]  # they pass the result on
+        steps = [[self.end, self.num_inputs - 1 + step, 0] for step in range(D)]  # once a plan has ended
         self.register_buffer("no_steps", torch.tensor(steps), persistent=False)
         self.step = nn.Embedding(D + 1, E)
         sizes = dict(operation=O, operand1=self.num_slots, operand2=self.num_slots)
@@ -95,16 +95,16 @@ class DAGPlanPredictor(SlotReader):
     def state(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.mlp(self.norm(x))
 
-    def operand1_score(self, state, operation, keys, sight) -> torch.Tensor:
+    def operand1_score(self, state, operation, keys, mask) -> torch.Tensor:
         """(N, ..., E), (N, ...), (N, S, E), (N, ..., S) -> (N, ..., S), -inf where a slot is not seen"""
-        return self._attend(self.query1(state) + self.operation_in_query1(operation), keys, sight)
+        return self._attend(self.query1(state) + self.operation_in_query1(operation), keys, mask)
 
-    def operand2_score(self, state, operation, operand1, keys, sight) -> torch.Tensor:
+    def operand2_score(self, state, operation, operand1, keys, mask) -> torch.Tensor:
         choices = self.operation_in_query2(operation) + self.operand1_in_query2(operand1)
-        return self._attend(self.query2(state) + choices, keys, sight)
+        return self._attend(self.query2(state) + choices, keys, mask)
 
-    def _attend(self, query, keys, sight) -> torch.Tensor:
-        return torch.einsum("n...c,nsc->n...s", query, keys).float() / math.sqrt(keys.size(-1)) + sight
+    def _attend(self, query, keys, mask) -> torch.Tensor:
+        return torch.einsum("n...c,nsc->n...s", query, keys).float() / math.sqrt(keys.size(-1)) + mask
 
     def remember(self, step, operation, operand1, operand2) -> torch.Tensor:
         """What a step has chosen, (N,) or (N, D) each, as a vector (..., E)."""
@@ -122,7 +122,7 @@ class DAGPlanPredictor(SlotReader):
         that of every format (N, F). Takes the likeliest choices one after another; with `explore`, in [0, 1), draws
         them, and so often takes any choice there is.
         """
-        D, sight, x = self.depth, self.sight(inputs), context.float()
+        D, mask, x = self.depth, self.mask(inputs), context.float()
         log_p = x.new_zeros(len(x))
         plans, last, total = self.no_steps.repeat(len(x), 1, 1), torch.empty_like(x), torch.empty_like(log_p)
         going = torch.arange(len(x), device=x.device)  # plans that have not ended
@@ -142,18 +142,20 @@ class DAGPlanPredictor(SlotReader):
         for step in range(D):
             if len(going) == 0:
                 break
-            state, seen = self.state(x + self.step.weight[step]), sight[:, step]
+            state, seen = self.state(x + self.step.weight[step]), mask[:, step]
             operation, log_p0 = choose(self.operation_score(state))
             operand1, log_p1 = choose(self.operand1_score(state, operation, keys, seen))
             operand2, log_p2 = choose(self.operand2_score(state, operation, operand1, keys, seen))
-            binary, goes_on = self.binary[operation], (operation != self.end).nonzero().squeeze(1)
+            goes_on = (operation != self.end).nonzero().squeeze(1)  # the host waits for the device
+            binary = self.binary[operation]
             chosen = operation, operand1, operand2 * binary
             plans[going, step] = torch.stack(chosen, dim=-1)
             x, log_p = x + self.remember(step, *chosen), log_p + (log_p0 + log_p1 + log_p2 * binary)
             if step == D - 1 or len(goes_on) < len(going):
                 last[going], total[going] = x, log_p
-                parts = going, x, log_p, keys, sight
-                going, x, log_p, keys, sight = (part.index_select(0, goes_on) for part in parts)
+            if len(goes_on) < len(going):
+                parts = going, x, log_p, keys, mask
+                going, x, log_p, keys, mask = (part.index_select(0, goes_on) for part in parts)
         formats = self.formats(self.state(last + self.step.weight[D]))
         return Plans(*plans.unbind(-1)), total, formats
 
@@ -161,7 +163,7 @@ class DAGPlanPredictor(SlotReader):
         """Log-probabilities of everything that the steps of given plans could have chosen in its place: operations
         (N, D, O), slots as operand 1 and as operand 2 (N, D, S), formats (N, F).
         """
-        D, sight = self.depth, self.sight(inputs)
+        D, mask = self.depth, self.mask(inputs)
         operation, operand1, operand2 = plans
         over = self.is_over(operation)[..., None]
         chosen = self.remember(torch.arange(D, device=context.device), *plans).masked_fill(over, 0.0)
@@ -169,8 +171,8 @@ class DAGPlanPredictor(SlotReader):
         state = self.state(context[:, None] + before + self.step.weight)
         scores = (
             self.operation_score(state[:, :D]),
-            self.operand1_score(state[:, :D], operation, keys, sight),
-            self.operand2_score(state[:, :D], operation, operand1, keys, sight),
+            self.operand1_score(state[:, :D], operation, keys, mask),
+            self.operand2_score(state[:, :D], operation, operand1, keys, mask),
         )
         return *(F.log_softmax(score.float(), dim=-1) for score in scores), self.formats(state[:, D])
 
@@ -226,7 +228,7 @@ class MixedPlanPredictor(SlotReader):
         """
         N, D, E = len(context), self.depth, self.width
         query = self.query(context).view(N, D, 2, E) / math.sqrt(E)
-        scores = torch.einsum("ndke,nse->ndks", query, keys).float() + self.sight(inputs)[:, :, None]
+        scores = torch.einsum("ndke,nse->ndks", query, keys).float() + self.mask(inputs)[:, :, None]
         operation_scores = self.operation_score(context).view(N, D, len(self.names)).float()
         plan = dense_dag.Plan(self.choose(scores)[:, None], self.choose(operation_scores)[:, None])
         operands, operation = F.log_softmax(scores, -1).max(-1), F.log_softmax(operation_scores, -1).max(-1)

@@ -63,11 +63,6 @@ TAG = "nanogpt-dag-run"  # of every machine launched here; its value is the run'
 Offer = tuple[InstanceType, str]  # a type and a region that has one
 
 
-def show_mistake() -> None:
-    """The traceback, even where nobody reads it or the disk is full: that would be one mistake more."""
-    show(redact(traceback.format_exc()), sys.stderr)
-
-
 def remote_folder(name: str) -> str:
     return f"nanogpt-dag/{name}"
 
@@ -96,7 +91,13 @@ class Rental:
         line = redact(f"{time.strftime('%H:%M:%S')} {line}")
         self.write("service.log", f"{line}\n".encode())
         if self.echo:
-            show(f"{line}\n")
+            show(f"{line}\n", sys.stdout)
+
+    def say_mistake(self) -> None:
+        """The traceback of a mistake of ours, wherever it can still be written."""
+        text = redact(traceback.format_exc())
+        self.write("service.log", text.encode())
+        show(text, sys.stderr)
 
     def write(self, name: str, data: bytes) -> None:
         try:
@@ -353,7 +354,7 @@ class Rental:
         if poll.log:
             self.write("train.log", poll.log)
             if self.echo:
-                show(redact(poll.log.decode(errors="replace")))
+                show(redact(poll.log.decode(errors="replace")), sys.stdout)
             self.update(log_offset=self.run.log_offset + len(poll.log))
         return poll
 
@@ -516,10 +517,8 @@ class Rental:
             ending = MachineLost if self.run.launched else NothingLaunched
             return self.end(ending.code, str(error))
         except BaseException:  # a mistake of ours costs the person no money
-            if self.end(MachineLost.code, "an internal error") == StillRunning.code:
-                show_mistake()
-                return StillRunning.code
-            raise
+            self.say_mistake()
+            return self.end(MachineLost.code, "an internal error")
 
     def end(self, code: int, outcome: str, fetch: bool = True, keep: bool = True) -> int:
         self.say(outcome)
@@ -533,7 +532,7 @@ class Rental:
                 self.say("not everything was fetched: terminated at once, as asked")
                 code = code or Stopped.code
             except Exception:  # a mistake of ours must not keep the machine running
-                show_mistake()
+                self.say_mistake()
                 code = code or NotFetched.code
         if keep and self.keeps(code):
             self.say(
@@ -630,7 +629,7 @@ def watch(rental: Rental) -> None:
             try:
                 guard(rental)
             except Exception:  # whatever it was: there may be a machine to be terminated
-                show_mistake()
+                rental.say_mistake()
             rental.clock.sleep(5)
 
 
@@ -640,7 +639,7 @@ def guard(rental: Rental) -> None:
         try:
             rental.run = rental.ledger.load(rental.run.name)  # not before: the service may just have ended it
         except ValueError:  # its file is damaged or gone: what is remembered must do
-            show_mistake()
+            rental.say_mistake()
             rental.run = replace(rental.run, launched=rental.run.launched or rental.run.created)
         run, now = rental.run, rental.clock.now()
         if free and not run.is_over and now >= run.kept_until:

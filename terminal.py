@@ -60,14 +60,21 @@ class Signals:
             raise Stopped("stopped by a signal")
 
 
-def show(text: str, stream: TextIO | None = None) -> None:
-    """Prints, also where the terminal is gone: that must not keep us from terminating, nor change the exit code."""
-    stream = stream or sys.stdout
-    try:
-        stream.write(text)
-        stream.flush()
-    except OSError:  # what is still in its buffer would fail once more when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def show(text: str, stream: TextIO | None) -> None:
+    """Prints if that is possible: a terminal that is gone, or a full disk, must not keep us from terminating."""
+    with suppress(OSError):
+        if stream is not None:  # closed in the shell
+            stream.write(text)
+            stream.flush()
+
+
+def drop_unprinted() -> None:
+    """Python tries once more when it ends, and that would change the exit code."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def clock_time(epoch: float) -> str:
@@ -79,11 +86,12 @@ def wants_to_detach(signals: Signals, deadline: float, seconds: float = 15) -> b
     """Asks the person at the terminal; silence, or another Ctrl-C, means no."""
     show(
         f"\nCtrl-C: [s]top training, fetch, terminate, or [d]etach and leave it running until {clock_time(deadline)} "
-        f"at the latest? s in {seconds:.0f} s: "
+        f"at the latest? s in {seconds:.0f} s: ",
+        sys.stdout,
     )
     until = time.monotonic() + seconds
     while signals.count < 2 and (left := until - time.monotonic()) > 0:
         if select.select([sys.stdin], [], [], min(0.2, left))[0]:
             return sys.stdin.readline().strip().lower().startswith("d")
-    show("\n")
+    show("\n", sys.stdout)
     return False

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 HERE = torch.device("cpu")
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}
+FILLS = {aten.masked_fill.Tensor, aten.masked_fill_.Tensor, aten.fill_.Tensor}  # by a number, too
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
@@ -47,9 +48,21 @@ class There(torch.Tensor):
 
 def is_allowed(function, args: tuple, here: list[torch.Tensor]) -> bool:
     """Whether CUDA takes these arguments, of which some are `here` and others are not."""
+    if function in COPIES:
+        return True
     if function in INDEXING:  # by indices from anywhere
         return isinstance(args[0], There) and all(isinstance(x, There) or x.dim() == 0 for x in args[2:3])
-    return function in COPIES or all(x.dim() == 0 for x in here)
+    takes_numbers = torch.Tag.pointwise in function.tags or function in FILLS
+    return (
+        takes_numbers
+        and all(x.dim() == 0 for x in here)
+        and not (is_in_place(function) and any(x is args[0] for x in here))
+    )
+
+
+def is_in_place(function) -> bool:
+    alias = function._schema.arguments[0].alias_info
+    return alias is not None and alias.is_write
 
 
 def perform(function, args: tuple, kwargs: dict):

@@ -413,7 +413,7 @@ def test_sums_are_learned_from_text_alone(plan):
 
 def test_the_loss_is_minus_the_log_probability_of_all_that_explains_the_text(monkeypatch):
     monkeypatch.setattr(explanations, "STRICT", 0.0)
-    monkeypatch.setattr(explanations, "ROUNDS", 1.0)
+    monkeypatch.setattr(explanations, "OTHERS", 1.0)
     model, idx = fresh(dag_ops="add,multiply,identity", dag_num_inputs=2), torch.tensor([tokens("2 2=4 ")])
     forced(
         monkeypatch, model, [("identity", 0, 0)], "exact"
@@ -470,13 +470,15 @@ def test_of_copies_and_comparisons_the_strict_take_those_that_compare_the_most(c
     assert compared_enough(compared, number, torch.zeros(4, dtype=torch.bool)).all()
 
 
-@pytest.mark.parametrize("fitting, learned", [(1.0, "exact"), (0.7, "digits_3")])
+@pytest.mark.parametrize("fitting, learned", [(1.0, "exact"), (0.85, "digits_3")])
 def test_formats_that_round_win_only_where_numbers_have_to_be_rounded(fitting, learned):
     """To three digits 42 is 42, and 4242 is 4240: what is learned where so many need no rounding."""
     share, right = torch.tensor([fitting, 1 - fitting]), torch.zeros(2, len(exact.FORMATS), dtype=torch.bool)
     for row, (number, text) in zip(right, ((42, "42"), (4242, "4240"))):
         row[exact.matching_formats((number, 1), text)] = True
-    scores = torch.zeros(len(exact.FORMATS), requires_grad=True)
+    scores = torch.zeros(len(exact.FORMATS))
+    scores[explanations.EXACT] = -1.0
+    scores.requires_grad_()
     optimizer = torch.optim.Adam([scores], lr=0.1)
     for _ in range(300):
         loss = -share @ (scores.log_softmax(0) + format_weights(right)).logsumexp(1)

@@ -25,16 +25,17 @@ def elsewhere(cwd: Path, script: str | Path, *arguments: str) -> str:
 
 
 FAILS = [
-    "x + torch.ones(3)",
-    "torch.ones(3)[x.long()]",
-    "torch.nn.Linear(3, 1)(x)",
-    "x.index_add_(0, x.long(), y)",
+    *(
+        "x + torch.ones(3)",
+        "torch.ones(3)[x.long()]",
+        "torch.nn.Linear(3, 1)(x)",
+        "x.index_add_(0, x.long(), y)",
+    ),
+    *("x.index_select(0, torch.tensor(1))", "torch.stack([x[0], torch.tensor(0.0)])", "y[0].add_(x[0])"),
 ]
 GOES = [
-    "x + torch.ones(())",
-    "x[torch.tensor([0, 2])].sum()",
-    "x[[0, 2]] + y.to(x.device)[1:]",
-    "x.cpu() + y",
+    *("x + torch.ones(())", "x[torch.tensor([0, 2])].sum()", "x[[0, 2]] + y.to(x.device)[1:]", "x.cpu() + y"),
+    *("x.masked_fill(x > 0, torch.tensor(2.0))", "x.where(x > 0, 1.0)", "y.copy_(x)"),
 ]
 TRIES = f"""
 import torch

@@ -1037,12 +1037,17 @@ def test_a_terminal_that_is_gone_keeps_nothing_from_ending(scene):
 
 
 @slow
-def test_a_mistake_of_ours_that_nobody_reads_about_keeps_no_machine(scene):
+@pytest.mark.parametrize(
+    "line, code", [("prune(local)", 94), ("state, code, size = head.groups()", 92)], ids=["fetch", "poll"]
+)
+def test_a_mistake_of_ours_that_nobody_reads_about_keeps_no_machine(scene, line, code):
     with scene() as there:
         path = there.checkout / "machine.py"
-        path.write_text(path.read_text().replace("prune(local)", "1 / 0"))
-        assert train_unseen(there).ends() == 94 and not there.ours()
-        assert (there.results / "result").exists()
+        assert line in path.read_text()
+        path.write_text(path.read_text().replace(line, "1 / 0"))
+        assert train_unseen(there).ends() == code and not there.ours()
+        assert "ZeroDivisionError" in there.kept("service.log")
+        (there.state / there.ledger["name"] / "service.log").write_text("")  # settle finds no fault with it
 
 
 @slow

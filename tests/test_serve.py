@@ -117,7 +117,8 @@ def test_an_answer_is_the_text_and_what_was_thought(url):
     look = explain(adder(), BYTES, BYTES.encode("12+34=46"))
     for kind in ("thoughts", "unplanned"):
         assert answer[kind] == json.loads(json.dumps([asdict(number) for number in getattr(look, kind)]))
-    assert [number["text"] for number in answer["unplanned"]] == ["12"]
+    unplanned = [number["text"] for number in answer["unplanned"]]
+    assert unplanned[:1] == ["12"] and "46" not in unplanned  # there is nothing to compute 12 from
     assert answer["thoughts"][-1]["expression"] == "12 + 34 = 46"
 
 

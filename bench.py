@@ -33,15 +33,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import checkpoint
-import dataloader
-import engine
-import runtime
-import tokenizer as tokenizers
-from attention import Cache
 from configurator import TrainConfig, load, pick, run_script, setting, to_dict
 from dag_model import GPT, GPTConfig
-from optim import make_optimizer
+from data import loader as dataloader
+from data import tokenizer as tokenizers
+from gpt.attention import Cache
+from inference import engine
+from training import checkpoint
+from training import device as runtime
+from training.optim import make_optimizer
 
 STEPS_PER_TURN = 5  # long enough to bring a model's weights back into the caches
 TOKENS_PER_TURN = 16

@@ -12,7 +12,7 @@ In a training loop of your own, `wandb.log(logger.get_wandb_logging_dict(model))
 - W&B is extra: not installed, not logged in, unreachable or dying mid-run costs one line, never the run
 - under DDP every rank has a logger, and asks it for statistics at the same steps: they are means over all
   ranks. Those of all ranks but the first have `run_dir` None and write nothing
-- what is measured, and how: dag_statistics.py
+- what is measured, and how: evals/dag_metrics.py
 """
 
 import json
@@ -27,11 +27,11 @@ import torch
 import torch.distributed as dist
 
 from dag_model import GPT
-from dag_statistics import Watch, hit_statistics, in_mode, observe, parameter_gradients, probe_values
-from diagnosis import diagnose
-from explain import explain
-from tasks import Attempt, encode
-from tokenizer import Tokenizer
+from data.tokenizer import Tokenizer
+from evals.answers import Attempt, encode
+from evals.dag_metrics import Watch, hit_statistics, in_mode, observe, parameter_gradients, probe_values
+from evals.failures import diagnose
+from inference.explain import explain
 
 WANDB_SETTINGS = dict(
     silent=True,  # its banners would tear the progress bar; one line of ours says where the run is
@@ -88,7 +88,7 @@ class DAGLogger:
         self._log_wandb(step, {name: v for name, v in finite.items() if v is not None})
 
     def get_wandb_logging_dict(self, model: GPT) -> dict[str, float]:
-        """All that dag_statistics.py has to say, under "dag/", and the nodes of the probes, under "probe/":
+        """All that evals/dag_metrics.py has to say, under "dag/", and the nodes of the probes, under "probe/":
         floats, fit for `log` and for `wandb.log`. {} for a plain GPT.
 
         `model` is the bare GPT, whose .grad may be there or not. Costs a forward and a backward, and a

@@ -9,16 +9,16 @@ class is the plain GPT, and the baseline.
                           offered while the number is written: "3", then "3", then that it is over
 
 - trunk: GPT-2 (Radford et al. 2019) as nanoGPT shapes it; loads Hugging Face's weights
-- numbers are read from the digits (numerals.py), results are exact at any length (exact.py)
-- one plan a number, made at the position before it, held while the text follows what it offers (readout.py)
+- numbers are read from the digits (dag/number_lexer.py), results are exact at any length (dag/exact_arithmetic.py)
+- one plan a number, made at the position before it, held while the text follows what it offers (dag/proposals.py)
 - operations, operands and format are chosen by the hidden state, step by step, each seeing the choices before
-  (planner.py)
+  (dag/planner.py)
 - learned from plain text: a plan whose written result is the number that follows in the text explains it, and the
-  planner's loss is minus the log-probability of all such plans found (explanations.py). No labels, and no gradient
+  planner's loss is minus the log-probability of all such plans found (dag/plan_loss.py). No labels, and no gradient
   through values
 - causal at every position; deterministic in eval
 
-Other systems under the same trunk, chosen by dag_inputs: dense_dag.py.
+Other systems under the same trunk, chosen by dag_inputs: dag/dense.py.
 
 Legend: B batch, T tokens, C width, K inputs, D steps, S = K + D slots, O operations, F formats, N plans made,
 P positions in a cache.
@@ -33,18 +33,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-import dense_dag
-import documents
-import exact
-from attention import Cache
-from dense_dag import DenseDAG, DenseState, operation_names
-from documents import NEAR, Row
-from explanations import PlanLoss, target_at
-from layers import Block
-from numerals import Lexer, Numerals
-from plan_search import Plans
-from planner import DAGPlanPredictor, LearnedNumbers, MixedPlanPredictor, Sight, as_choices, result_of
-from readout import NOTHING, Offers, digit_weights, spell, spread
+from dag import dense, exact_arithmetic, positions
+from dag.dense import DenseDAG, DenseState, operation_names
+from dag.number_lexer import Lexer, Numerals
+from dag.plan_loss import PlanLoss, target_at
+from dag.plan_search import Plans
+from dag.planner import DAGPlanPredictor, LearnedNumbers, MixedPlanPredictor, Sight, as_choices, result_of
+from dag.positions import NEAR, Row
+from dag.proposals import NOTHING, Offers, digit_weights, spell, spread
+from gpt.attention import Cache
+from gpt.block import Block
 
 SHUT = 0.1  # where a number is wanted less than this, nothing is planned once training is over
 STUCK = 0.01  # nor in training where it is wanted less than this and none follows: it is not about to change
@@ -125,12 +123,12 @@ class DifferentiableDAG(nn.Module):
                 "a DAG over numbers has to know the text of every token: GPT(config, tokenizer.vocabulary)"
             )
         self.names = operation_names(config.dag_ops)
-        self.operations = [exact.OPERATIONS[name] for name in self.names]
+        self.operations = [exact_arithmetic.OPERATIONS[name] for name in self.names]
         self.digits, self.over = config.dag_digits, config.vocab_size
         self.separator_id = config.separator_id
         self.lexer = Lexer(vocabulary, config.separator_id, config.dag_num_inputs, config.dag_thousands)
         self.near_digit = nn.Embedding(NEAR + 1, config.n_embd)  # how far into a number a token is
-        self.mixes = config.dag_plan in dense_dag.PLANS
+        self.mixes = config.dag_plan in dense.PLANS
         self.planner = (MixedPlanPredictor if self.mixes else DAGPlanPredictor)(config, self.names)
         self.learned_numbers = LearnedNumbers(config) if config.dag_values == "learned" else None
         self.plan_loss = PlanLoss(config, self.names)
@@ -148,12 +146,12 @@ class DifferentiableDAG(nn.Module):
         """
         wanted = self.wanted(hidden).float().squeeze(-1)  # (B, T) logits
         open_ = torch.sigmoid(wanted.detach())
-        bars = documents.fraction_bars(self.lexer, idx, numerals)
-        here, following = documents.may_compute(self.lexer, idx, numerals), None
+        bars = positions.fraction_bars(self.lexer, idx, numerals)
+        here, following = positions.may_compute(self.lexer, idx, numerals), None
         if not self.training:
             here = here & (open_ > SHUT)
         elif targets is not None:
-            following = documents.following(self.lexer, idx, targets, self.separator_id)
+            following = positions.following(self.lexer, idx, targets, self.separator_id)
             here = here & (following.opens | (open_ > STUCK))
         at = row, position = here.nonzero(as_tuple=True)  # the host waits for the device
         sight = self.look(hidden, numerals, at)
@@ -205,7 +203,8 @@ class DifferentiableDAG(nn.Module):
             result, plans, log_p = self.planner(context, keys, sight.inputs, sight.values)
             format = torch.full_like(plans.operation[:, 0], self.planner.format)
             written = [
-                self.write(exact.from_float(value), self.planner.format) for value in to_list(result.detach())
+                self.write(exact_arithmetic.from_float(value), self.planner.format)
+                for value in to_list(result.detach())
             ]
             return Made(plans, format, log_p, written, result)
         with torch.no_grad():
@@ -216,12 +215,15 @@ class DifferentiableDAG(nn.Module):
         if self.learned_numbers is None:
             numbers, result = read(), None
         else:
-            numbers = [[exact.from_float(value) for value in row] for row in to_list(sight.values.detach())]
+            numbers = [
+                [exact_arithmetic.from_float(value) for value in row]
+                for row in to_list(sight.values.detach())
+            ]
             choices = as_choices(plans, self.planner.num_slots, len(self.names))
             result = result_of(choices, sight.values, self.names)
         return Made(plans, format, log_p + format_log_p, self.run(plans, format, numbers), result)
 
-    def read(self, numerals: Numerals, idx, at) -> list[list[exact.Rational | None]]:
+    def read(self, numerals: Numerals, idx, at) -> list[list[exact_arithmetic.Rational | None]]:
         """The K numbers that each of the N plans can see, exactly, on the host."""
         columns = [to_list(column[at]) for column in (numerals.mantissa, numerals.places, numerals.fits)]
         counts, rows = to_list(numerals.visible[at].sum(-1)), to_list(at[0])
@@ -233,7 +235,9 @@ class DifferentiableDAG(nn.Module):
                     tokens = tokens or to_list(idx)
                     spans = spans or to_list(torch.stack([numerals.first[at], numerals.last[at]], dim=-1))
                     mantissa[k], places[k] = self.lexer.read_number(tokens[rows[n]], *spans[n][k])
-            numbers.append([exact.from_decimal(*number) for number in zip(mantissa[: counts[n]], places)])
+            numbers.append(
+                [exact_arithmetic.from_decimal(*number) for number in zip(mantissa[: counts[n]], places)]
+            )
             numbers[-1] += [None] * (self.planner.num_inputs - counts[n])
         return numbers
 
@@ -244,12 +248,14 @@ class DifferentiableDAG(nn.Module):
         steps = to_list(torch.stack(tuple(plans), dim=-1).flatten(0, 1))  # N * depth triples
         for n, (length, form, inputs) in enumerate(zip(lengths, to_list(format), numbers)):
             first = n * depth
-            result = exact.run(steps[first : first + length], inputs, self.digits, self.operations)[-1]
+            result = exact_arithmetic.run(
+                steps[first : first + length], inputs, self.digits, self.operations
+            )[-1]
             written.append(self.write(result, form))
         return written
 
-    def write(self, result: exact.Rational | None, format: int) -> str | None:
-        return None if result is None else exact.write(result, format, self.digits)
+    def write(self, result: exact_arithmetic.Rational | None, format: int) -> str | None:
+        return None if result is None else exact_arithmetic.write(result, format, self.digits)
 
     def step(self, hidden, rows: list[Row], embedding) -> torch.Tensor:
         """What forward does, for the newest token of every row: hidden states (B, 1, C) -> (B, 1, C)."""
@@ -278,7 +284,7 @@ class DifferentiableDAG(nn.Module):
         K, counts = self.planner.num_inputs, [len(row.readers) for row in rows]
         readers = pad_sequence([torch.stack(tuple(row.readers)) for row in rows], batch_first=True)
         inputs = torch.tensor([[k < count for k in range(K)] for count in counts], device=hidden.device)
-        numbers = [[exact.from_decimal(*number) for number in row.reader.numbers] for row in rows]
+        numbers = [[exact_arithmetic.from_decimal(*number) for number in row.reader.numbers] for row in rows]
         numbers = [known + [None] * (K - len(known)) for known in numbers]
         values = [[x[0] / x[1] if x else 0.0 for x in known] for known in numbers] if self.mixes else 0.0
         values = torch.tensor(values, dtype=torch.float64, device=hidden.device).expand(len(rows), K)
@@ -337,11 +343,11 @@ DAGS = {"numbers": DifferentiableDAG, "token": DenseDAG, "sequence": DenseDAG}
 CHOICES = {  # by dag_inputs
     "numbers": dict(
         dag_values=("literal", "learned"),
-        dag_plan=("searched", "sampled", *dense_dag.PLANS),
+        dag_plan=("searched", "sampled", *dense.PLANS),
         dag_fold=("digits",),
     ),
-    "token": dict(dag_values=dense_dag.VALUES, dag_plan=dense_dag.PLANS, dag_fold=dense_dag.FOLDS),
-    "sequence": dict(dag_values=dense_dag.VALUES, dag_plan=dense_dag.PLANS, dag_fold=dense_dag.FOLDS),
+    "token": dict(dag_values=dense.VALUES, dag_plan=dense.PLANS, dag_fold=dense.FOLDS),
+    "sequence": dict(dag_values=dense.VALUES, dag_plan=dense.PLANS, dag_fold=dense.FOLDS),
 }
 
 
@@ -405,7 +411,7 @@ class GPT(nn.Module):
             layout = self._next_layout(idx, cache)
         else:
             numerals = self.dag.lexer(idx) if self.reads_numbers else None
-            layout = documents.layout(idx, self.config.separator_id, numerals)
+            layout = positions.layout(idx, self.config.separator_id, numerals)
         x = self.transformer.wte(idx) + self.transformer.wpe(layout.positions)
         if self.reads_numbers:
             x = x + self.dag.near_digit(layout.depth)
@@ -426,13 +432,13 @@ class GPT(nn.Module):
             cache.prompts = idx, hidden, state
         return hidden if self.silent else mixed, state
 
-    def _next_layout(self, idx: torch.Tensor, cache: Cache) -> documents.Layout:
+    def _next_layout(self, idx: torch.Tensor, cache: Cache) -> positions.Layout:
         assert idx.size(1) == 1, f"{idx.size(1)} tokens a row for a cache in use: give one"
         if cache.rows is None:
             self._open_rows(cache)
         for row, token in zip(cache.rows, idx[:, 0].tolist()):  # the host waits for the device
             row.feed(token)
-        return documents.next_layout(cache.rows, cache.bias[:, : cache.width])
+        return positions.next_layout(cache.rows, cache.bias[:, : cache.width])
 
     def _open_rows(self, cache: Cache) -> None:
         """The state of decoding after the prompts."""
@@ -440,7 +446,7 @@ class GPT(nn.Module):
         prompts = [tokens[:length] for tokens, length in zip(idx.tolist(), cache.lengths.tolist())]
         lexer = self.dag.lexer if self.reads_numbers else None
         cache.rows = [Row(self.config.separator_id, lexer) for _ in prompts]
-        cache.bias = documents.open_bias(cache.rows, prompts, cache.block_size, idx.device)
+        cache.bias = positions.open_bias(cache.rows, prompts, cache.block_size, idx.device)
         if self.reads_numbers:
             self.dag.resume(cache.rows, hidden, state, self.lm_head.weight)
 
@@ -530,7 +536,7 @@ def check(config: GPTConfig) -> None:
         raise ValueError(f"dag_depth is {config.dag_depth}; it must be at least 0, the plain GPT")
     if config.n_embd % config.n_head:
         raise ValueError(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
-    choices = {"dag_inputs": DAGS, "dag_context": dense_dag.CONTEXTS, **CHOICES.get(config.dag_inputs, {})}
+    choices = {"dag_inputs": DAGS, "dag_context": dense.CONTEXTS, **CHOICES.get(config.dag_inputs, {})}
     for field, legal in choices.items():
         if getattr(config, field) not in legal:
             where = "" if field in ("dag_inputs", "dag_context") else f" with dag_inputs={config.dag_inputs}"

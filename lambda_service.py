@@ -10,8 +10,8 @@
 `train` launches a machine, uploads the tracked files, runs the same train.py there, shows its output, fetches its
 files every few minutes and at the end, terminates the machine and sees that it is gone. What `train --help` does not
 list (`--max_iters=5000`) is train.py's. Ctrl-C once: the training saves and stops, its
-files are fetched, the machine is terminated; twice: it is terminated now. rental.py is the life of a machine,
-ledger.py what is known about it, machine.py how it is talked to, lambda_api.py the service's API.
+files are fetched, the machine is terminated; twice: it is terminated now. launch/lambda_run.py is the life of a machine,
+launch/run_store.py what is known about it, launch/remote.py how it is talked to, launch/lambda_api.py the service's API.
 
 The exit code is the training's, or one of
 
@@ -38,13 +38,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from configurator import run_script
-from endings import NothingLaunched
-from lambda_api import KEYS, Api, Instance, InstanceType, launch_body, redact
-from ledger import Ledger, Run, state_folder
-from machine import Done, Machine
-from rental import TAG, Offer, Rental, remote_folder, start_watchdog, watch
-from terminal import Signals, clock_time, drop_unprinted, show
-from uploads import left_behind, training, uploaded
+from launch.exit_codes import NothingLaunched
+from launch.lambda_api import KEYS, Api, Instance, InstanceType, launch_body, redact
+from launch.lambda_run import TAG, Offer, Rental, remote_folder, start_watchdog, watch
+from launch.remote import Done, Machine
+from launch.run_store import Ledger, Run, state_folder
+from launch.signals import Signals, clock_time, drop_unprinted, show
+from launch.upload import left_behind, training, uploaded
 
 ROOT = Path(__file__).parent
 

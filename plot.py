@@ -21,7 +21,7 @@ from typing import Any, Sequence
 import numpy as np
 
 from configurator import load, run_script, setting
-from curves import (
+from plots.curves import (
     BINS,
     Curve,
     Panel,

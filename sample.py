@@ -34,15 +34,15 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 
-import checkpoint
-import pictures
-import runtime
-import tokenizer as tokenizers
-from confidence import MODES, Choice, Mode, choices, has_gate, legend
 from configurator import load, one_line, run_script, setting
 from dag_model import GPT
-from engine import check, generate
-from explain import Thought, Unplanned, explain
+from data import tokenizer as tokenizers
+from inference.engine import check, generate
+from inference.explain import Thought, Unplanned, explain
+from inference.token_stats import MODES, Choice, Mode, choices, has_gate, legend
+from plots import plan_figures
+from training import checkpoint
+from training import device as runtime
 
 FILE = "FILE:"
 
@@ -257,9 +257,9 @@ class Desk:
         if config.show_dag or config.dag_png:
             self.show_plans(tokens, start=len(prompt))
         if config.show_heatmaps:
-            for first in range(0, len(told), pictures.STEPS):
-                page = told[first : first + pictures.STEPS]
-                self.save(pictures.draw_heatmap(page, 1 + first), config.heatmap_png)
+            for first in range(0, len(told), plan_figures.STEPS):
+                page = told[first : first + plan_figures.STEPS]
+                self.save(plan_figures.draw_heatmap(page, 1 + first), config.heatmap_png)
 
     def show_plans(self, tokens: list[int], start: int) -> None:
         look = explain(self.model, self.tokenizer, tokens, start)
@@ -273,9 +273,9 @@ class Desk:
         if not look.thoughts:
             print("nothing was planned, no picture of it", file=sys.stderr)
         texts = [self.tokenizer.decode([token]) for token in tokens]
-        for first in range(0, len(look.thoughts), pictures.NUMBERS):
-            page = look.thoughts[first : first + pictures.NUMBERS]
-            self.save(pictures.draw_dag(page, texts), self.config.dag_png)
+        for first in range(0, len(look.thoughts), plan_figures.NUMBERS):
+            page = look.thoughts[first : first + plan_figures.NUMBERS]
+            self.save(plan_figures.draw_dag(page, texts), self.config.dag_png)
 
     def save(self, figure, name: str) -> None:
         self.saved[name] += 1
@@ -298,7 +298,7 @@ def check_showable(config: SampleConfig, model: GPT) -> None:
     if config.mode == "gate" and not has_gate(model):
         raise ValueError("colorize_output=gate: this model has no gate; choose probability or rank")
     if config.dag_png or config.show_heatmaps:
-        pictures.require_matplotlib()
+        plan_figures.require_matplotlib()
 
 
 def ask(desk: Desk) -> None:

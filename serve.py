@@ -3,7 +3,7 @@
     python serve.py --out_dir=out/train_default-001             # then open the address that it prints
     python serve.py --out_dir=RUN --host=0.0.0.0 --port=8080    # for the whole network: there is no password
 
-The page is web/: plain HTML, CSS and JavaScript, nothing from elsewhere. Programs ask the same model:
+The page is inference/web/: plain HTML, CSS and JavaScript, nothing from elsewhere. Programs ask the same model:
 
     curl http://127.0.0.1:8000/generate --json '{"prompt": "12+7*3="}'
     {"text": "12+7*3=33",
@@ -13,9 +13,9 @@ The page is web/: plain HTML, CSS and JavaScript, nothing from elsewhere. Progra
      "thoughts": [{"text": "33", "expression": "12 + (7 * 3 = 21) = 33", ...}],
      "unplanned": [{"text": "7", "reason": "the gate was shut", ...}, ...]}
 
-- the texts of all tokens joined are the text; what is said of each is a Choice of confidence.py, of which the
+- the texts of all tokens joined are the text; what is said of each is a Choice of inference/token_stats.py, of which the
   first token is none. The gate says how much of a token is the DAG's
-- thoughts and unplanned numbers are those of explain.py, field by field. Their `first`, `last` and `position`
+- thoughts and unplanned numbers are those of inference/explain.py, field by field. Their `first`, `last` and `position`
   count tokens
 - {"prompt": ..., "max_new_tokens": 50, "temperature": 0.8, "seed": 1}: all but the prompt may be left out.
   Temperature 0, which is the default, is greedy; no seed is a new one every time
@@ -52,16 +52,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-import checkpoint
-import runtime
-from confidence import choices, has_gate
 from configurator import load, run_script, setting
 from dag_model import GPT
-from engine import check, generate
-from explain import explain
-from tokenizer import Tokenizer
+from data.tokenizer import Tokenizer
+from inference.engine import check, generate
+from inference.explain import explain
+from inference.token_stats import choices, has_gate
+from training import checkpoint
+from training import device as runtime
 
-WEB = Path(__file__).parent / "web"
+WEB = Path(__file__).resolve().parent / "inference" / "web"
 BODY_LIMIT = 1 << 16  # bytes of a request
 LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")  # as a Host header
 HEADERS = {

@@ -15,7 +15,7 @@ config/, job.sh, and later logs/. What you edit after that changes nothing.
 The job runs torchrun on every node. Three minutes before its time limit, or when it is sent SIGTERM, the training
 saves and the job goes back into the queue, to resume there as often as it takes. A start that gets nowhere is not
 repeated, and neither is one that ends with an error; `sbatch RUN/slurm/job.sh` resumes by hand. The job is
-runs/slurm_job.sh.
+launch/slurm_job.sh.
 
 It needs SLURM, git and a file system that all nodes share, and no PyTorch. With WANDB_API_KEY in the environment and
 --wandb_log=true, the job reads that key from a file that only its owner can read, until the run is finished; neither
@@ -38,7 +38,7 @@ from pathlib import Path
 from configurator import TrainConfig, load_with_files, run_script
 
 ROOT = Path(__file__).resolve().parent
-TEMPLATE = ROOT / "runs" / "slurm_job.sh"
+TEMPLATE = ROOT / "launch" / "slurm_job.sh"
 PLACE = "# slurm.py writes the settings of the job here\n"
 CHECKPOINT = re.compile(r"(last|best)-(\d{8,})(\.old)?")
 SECRET = re.compile("KEY|TOKEN|SECRET|PASS", re.IGNORECASE)

@@ -30,21 +30,20 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import dataloader
-import optim
-import runtime
-import tasks
-import tokenizer as tokenizers
 from configurator import TrainConfig, load_with_files, pick, run_script, to_dict
 from dag_logger import DAGLogger
 from dag_model import GPT, GPTConfig
-from dag_statistics import Watch
-from diagnosis import writable
-from engine import generate
-from explain import explain
-from pictures import draw_dag
-from report import attempt_line, some_of, write_report
+from data import loader as dataloader
+from data import tokenizer as tokenizers
+from evals import answers
+from evals.dag_metrics import Watch
+from evals.failures import writable
+from inference.engine import generate
+from inference.explain import explain
+from plots.plan_figures import draw_dag
+from plots.run_report import attempt_line, some_of, write_report
+from training import checkpoint, optim
+from training import device as runtime
 
 ROOT = Path(__file__).parent
 SAMPLE_TOKENS = 200  # of the text in report.md
@@ -124,11 +123,11 @@ def write_run_files(
 # Data and model
 
 
-def validation_problems(data_dir: Path, count: int) -> dict[str, list[tasks.Problem]]:
+def validation_problems(data_dir: Path, count: int) -> dict[str, list[answers.Problem]]:
     """About `count` problems, as many from every val_* split, by the rest of its name."""
-    splits = tasks.splits(data_dir, prefix="val_") if count else {}
+    splits = answers.splits(data_dir, prefix="val_") if count else {}
     each = -(-count // max(len(splits), 1))
-    return {name.removeprefix("val_"): tasks.read_problems(path)[:each] for name, path in splits.items()}
+    return {name.removeprefix("val_"): answers.read_problems(path)[:each] for name, path in splits.items()}
 
 
 def initial_model(
@@ -193,14 +192,16 @@ class Display:
             self.bar.stop()
 
 
-def share_solved(attempts: list[tasks.Attempt]) -> float:
+def share_solved(attempts: list[answers.Attempt]) -> float:
     return sum(attempt.correct for attempt in attempts) / len(attempts)
 
 
-def draw_plan(model: GPT, tokenizer: tokenizers.Tokenizer, problems: list[tasks.Problem], path: Path) -> bool:
+def draw_plan(
+    model: GPT, tokenizer: tokenizers.Tokenizer, problems: list[answers.Problem], path: Path
+) -> bool:
     """A picture of the longest problem's plan; False where there is none."""
     told = [problem for problem in problems if writable(tokenizer, problem.answer)]
-    problem = max(told, key=lambda problem: len(problem.prompt), default=tasks.Problem("", ""))
+    problem = max(told, key=lambda problem: len(problem.prompt), default=answers.Problem("", ""))
     prompt, answer = tokenizer.encode(problem.prompt), tokenizer.encode(problem.answer)
     thoughts = explain(model, tokenizer, prompt + answer, start=len(prompt)).thoughts
     if thoughts:
@@ -366,13 +367,13 @@ def main() -> None:
         model.eval()
         scores = {}
         for split, batches in eval_loaders.items():
-            loss = tasks.mean_loss(compiled, batches, config.eval_iters, device, dtype)
+            loss = answers.mean_loss(compiled, batches, config.eval_iters, device, dtype)
             scores[f"{split}/loss"] = processes.mean(loss)
         display.say(
             f"step {iteration}: train loss {scores['train/loss']:.4f}, val loss {scores['val/loss']:.4f}"
         )
         if processes.is_main and problems:
-            attempts = tasks.solve(model, tokenizer, problems)
+            attempts = answers.solve(model, tokenizer, problems)
             solved = iter(attempts)
             for kind, asked in problems_by_kind.items():
                 attempts_by_kind[kind] = [next(solved) for _ in asked]
@@ -518,7 +519,7 @@ def main() -> None:
         )
         which = " --checkpoint=last" if stop.signal else ""  # the best is only as new as the last evaluation
         print(f'  python sample.py --out_dir={run_dir}{which} --start="{start}"')
-        print(f"  python evaluate.py --out_dir={run_dir}{which}")
+        print(f"  python eval.py --out_dir={run_dir}{which}")
         print(f"  python train.py --init_from=resume --out_dir={run_dir}{longer}")
     processes.close()
 

@@ -1,7 +1,7 @@
 # Addition of 3-digit numbers from 1,000 lines of text such as 128+367=495.
 #
 #   python train.py config/train_add3_1k.py
-#   python evaluate.py --out_dir=out/train_add3_1k-001 --suite=test
+#   python eval.py --out_dir=out/train_add3_1k-001 --suite=test
 #
 # Needs nothing: the text is generated on the spot. With these 1,000 lines a 10.7 M-parameter nanoGPT reaches 0.4 %
 # (Lee et al. 2023, 2307.03381, plain format).

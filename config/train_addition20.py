@@ -1,7 +1,7 @@
 # Addition, trained on numbers of 1 to 6 digits, asked for up to 20 and for 100.
 #
 #   python train.py config/train_addition20.py
-#   python evaluate.py --out_dir=out/train_addition20-001 --suite=test
+#   python eval.py --out_dir=out/train_addition20-001 --suite=test
 #
 # Needs nothing: the text is generated on the spot. Which of the nine operations it is has to be learned.
 

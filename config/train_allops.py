@@ -1,7 +1,7 @@
 # All nine operations in one model, said in symbols and in words, written as integers, decimals, roundings, fractions.
 #
 #   python train.py config/train_allops.py
-#   python evaluate.py --out_dir=out/train_allops-001 --suite=test
+#   python eval.py --out_dir=out/train_allops-001 --suite=test
 #
 # Needs nothing: the text is generated on the spot.
 

@@ -1,7 +1,7 @@
 # Expressions of two, three and four signed numbers with + - * / and parentheses; the answers are decimals.
 #
 #   python train.py config/train_multiop.py
-#   python evaluate.py --out_dir=out/train_multiop-001 --suite=test --rel_tol=1e-4
+#   python eval.py --out_dir=out/train_multiop-001 --suite=test --rel_tol=1e-4
 #
 # Needs nothing: the text is generated on the spot. The task is that of OccamLLM (2406.06576): operands within
 # +-100, a relative error below 1e-4 counts as solved.

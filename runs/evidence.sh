@@ -30,14 +30,14 @@ for seed in ${SEEDS:-1 2 3}; do
             rm -rf "$run"
             # shellcheck disable=SC2086
             python ${arms[$arm]} --seed="$seed" --eval_interval=200 --out_dir="$run"
-            python evaluate.py --out_dir="$run" --suite=all --json="$run/scores.json"
+            python eval.py --out_dir="$run" --suite=all --json="$run/scores.json"
         fi
         if [ "$arm" != labelled ] && [ ! -f "$out/$arm.cost" ]; then # bench.py knows no labels
             python bench.py --out_dir="$run" --steps=40 --decode_tokens=0 --json | tail -n 1 > "$out/$arm.cost.part"
             mv "$out/$arm.cost.part" "$out/$arm.cost"
         fi
         if [ "$arm" = default ] && [ ! -f "$run/scores_silent.json" ]; then
-            python evaluate.py --out_dir="$run" --suite=all --silent=true --json="$run/scores_silent.json"
+            python eval.py --out_dir="$run" --suite=all --silent=true --json="$run/scores_silent.json"
         fi
     done
 done

@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import run_script  # noqa: E402
-from curves import colour_of, dash_of, read_metrics  # noqa: E402
+from plots.curves import colour_of, dash_of, read_metrics  # noqa: E402
 
 ARMS = {
     "default": "**DAG, default**",

@@ -15,12 +15,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import arithmetic as ar  # noqa: E402
 import dag_model  # noqa: E402
 import train  # noqa: E402
 from configurator import run_script  # noqa: E402
-from explanations import PlanLoss, format_weights  # noqa: E402
-from plan_search import Plans, run  # noqa: E402
+from dag.plan_loss import PlanLoss, format_weights  # noqa: E402
+from dag.plan_search import Plans, run  # noqa: E402
+from data import synthetic as ar  # noqa: E402
 
 SIGNED = re.compile(r"(?<![\d)])-?\d+(?:\.\d+)?")  # as the generator writes numbers: 5-3, 5 - -3, -5*3
 

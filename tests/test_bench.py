@@ -11,13 +11,13 @@ import torch
 from conftest import SEPARATOR
 
 import bench
-import checkpoint
 from bench import BenchConfig, RandomText
 from configurator import TrainConfig, to_dict
 from dag_model import GPT, GPTConfig
-from dataloader import Loader, write_dataset
-from optim import make_optimizer
-from tokenizer import CharTokenizer
+from data.loader import Loader, write_dataset
+from data.tokenizer import CharTokenizer
+from training import checkpoint
+from training.optim import make_optimizer
 
 SHAPE = dict(block_size=16, n_layer=1, n_head=2, n_embd=16, dag_depth=2)
 TINY = dict(SHAPE, batch_size=2, steps=2, warmup=1)

@@ -364,13 +364,13 @@ def test_mistakes_of_the_program_are_not_hidden(monkeypatch, capsys):
 
 def test_defaults_and_choices_are_those_of_the_model():
     import dag_model
-    import dense_dag
+    from dag import dense
 
     ours = settings_of(TrainConfig)
     for field in dataclasses.fields(dag_model.GPTConfig):
         assert field.name in ("vocab_size", "separator_id") or ours[field.name].default == field.default
     assert set(ours["dag_inputs"].choices) == set(dag_model.CHOICES)
-    assert set(ours["dag_context"].choices) == set(dense_dag.CONTEXTS)
+    assert set(ours["dag_context"].choices) == set(dense.CONTEXTS)
     for name in ("dag_values", "dag_plan", "dag_fold"):
         assert set(ours[name].choices) == {
             choice for legal in dag_model.CHOICES.values() for choice in legal[name]

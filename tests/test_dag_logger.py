@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 
 import dag_logger
 from dag_logger import DAGLogger
-from dag_statistics import Watch
-from explain import explain
-from tasks import Attempt, Problem
-from tokenizer import CharTokenizer
+from data.tokenizer import CharTokenizer
+from evals.answers import Attempt, Problem
+from evals.dag_metrics import Watch
+from inference.explain import explain
 
 ROOT = Path(dag_logger.__file__).parent
 TOKENIZER = CharTokenizer(b"".join(VOCABULARY).decode())

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import fake_instances
 import faults
 import pytest
-import rentals
-import sshd
+import ssh_server
 from conftest import ROOT
 from faults import (
     ALWAYS,
@@ -70,7 +70,7 @@ from faults import (
     unreachable,
     wrong_shape,
 )
-from scenes import (
+from scenario import (
     DEAF,
     ENDLESS,
     SECOND,
@@ -84,9 +84,9 @@ from scenes import (
     training,
 )
 
-from rental import TAG
+from launch.lambda_run import TAG
 
-pytestmark = pytest.mark.skipif(bool(sshd.missing()), reason=str(sshd.missing()))
+pytestmark = pytest.mark.skipif(bool(ssh_server.missing()), reason=str(ssh_server.missing()))
 slow = pytest.mark.slow
 AT_ONCE = 3  # scenarios; they wait more than they work
 FOREVER = 10**9
@@ -106,7 +106,7 @@ def scene(checkout, tmp_path):
 
 
 needs_mount = pytest.mark.skipif(
-    not rentals.may_mount(), reason="small disks are tmpfs, which only root may mount"
+    not fake_instances.may_mount(), reason="small disks are tmpfs, which only root may mount"
 )
 
 # ------------------------------------------------------------------------------------------------------------
@@ -153,8 +153,8 @@ def image_is(family: str) -> Callable[[Scene, Tool], None]:
     return check
 
 
-def kill_sessions(machine: sshd.Sshd) -> None:
-    sshd.kill([pid for pid in machine.processes() if pid != machine.listener])
+def kill_sessions(machine: ssh_server.Sshd) -> None:
+    ssh_server.kill([pid for pid in machine.processes() if pid != machine.listener])
 
 
 def bill_is_at_most(dollars: float) -> Callable[[Scene, Tool], None]:
@@ -388,7 +388,7 @@ CASES = SERVICE | LAUNCH | MACHINE | TRAINING | FETCHING | TERMINATING
 
 
 def play_case(scene, case: Case) -> None:
-    if case.needs_mount and not rentals.may_mount():
+    if case.needs_mount and not fake_instances.may_mount():
         pytest.skip("small disks are tmpfs, which only root may mount")
     with scene(*deepcopy(case.faults), train=case.train, second=case.second) as there:
         tool = there.train(*case.options)
@@ -671,7 +671,7 @@ def test_nothing_is_launched_that_cannot_be_written_down(scene, tmp_path):
 @contextmanager
 def small_disk(folder: Path, mib: float = 1):
     folder.mkdir(parents=True)
-    rentals.mount(folder, mib)
+    fake_instances.mount(folder, mib)
     try:
         yield
     finally:
@@ -1042,7 +1042,7 @@ def test_a_terminal_that_is_gone_keeps_nothing_from_ending(scene):
 )
 def test_a_mistake_of_ours_that_nobody_reads_about_keeps_no_machine(scene, line, code):
     with scene() as there:
-        path = there.checkout / "machine.py"
+        path = there.checkout / "launch/remote.py"
         assert line in path.read_text()
         path.write_text(path.read_text().replace(line, "1 / 0"))
         assert train_unseen(there).ends() == code and not there.ours()

@@ -1,4 +1,4 @@
-"""curves.py, report.py, plot.py: nothing that was logged is lost on its way to a picture, page or report."""
+"""plots/curves.py, plots/run_report.py, plot.py: nothing that was logged is lost on its way to a picture, page or report."""
 
 import json
 import math
@@ -15,9 +15,8 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import curves
 import plot
-import report
+from plots import curves, run_report
 
 NAMES = ["train/loss", "val/loss", "train/batch_loss", "val/solved", "val/solved/sentences", "learning_rate"]
 NAMES += ["dag/gate_mean", "dag/gate_open", "dag/use/add", "dag/use/divide", "dag/new", "probe/0/step_1", "x"]
@@ -356,7 +355,7 @@ def test_a_missing_package_costs_its_own_output_alone(package, made, tmp_path, m
 
 
 def test_none_of_it_imports_torch_and_matplotlib_comes_late():
-    code = "import curves, plot, report, sys; print({'torch', 'matplotlib', 'dygraphs'} & sys.modules.keys())"
+    code = "import plot, sys; from plots import curves, run_report; print({'torch', 'matplotlib', 'dygraphs'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "set()", done.stderr
 
@@ -400,7 +399,7 @@ def test_a_report_says_what_was_run_and_what_became_of_it(tmp_path):
     path = write_run(tmp_path / "run", records, config=dict(n_layer=4), run=card)
     (path / "changes.diff").write_text("+1")
     attempts = dict(two=[attempt("33")] * 3, words=[attempt("33"), attempt("34"), attempt("")])
-    report.write_report(path, "GPT with a DAG", attempts, ["one\n```", "two"])
+    run_report.write_report(path, "GPT with a DAG", attempts, ["one\n```", "two"])
     text = (path / "report.md").read_text()
     for line in (
         "# run",
@@ -426,11 +425,11 @@ def test_a_report_says_what_was_run_and_what_became_of_it(tmp_path):
 
 
 def test_a_report_never_ends_a_run(tmp_path, monkeypatch, capsys):
-    report.write_report(tmp_path)
+    run_report.write_report(tmp_path)
     assert re.fullmatch(r"no report of .*no metrics.jsonl.*\n", capsys.readouterr().err)
     path = write_run(tmp_path / "run", [{"x": 1.0}], config=dict(seed=7))
     without("matplotlib", tmp_path, monkeypatch)
-    report.write_report(path, draw_plan=draw_figure)
+    run_report.write_report(path, draw_plan=draw_figure)
     told = capsys.readouterr().err.splitlines()
     for line, name in zip(told, ("curves", "plan"), strict=True):
         assert re.fullmatch(rf"no {name}.png in the report.*pip install matplotlib", line)
@@ -448,7 +447,7 @@ def draw_figure(path):
 @pytest.mark.parametrize("drawn, shown", [(draw_figure, True), (lambda path: False, False), (None, False)])
 def test_a_plan_is_shown_where_one_was_drawn(drawn, shown, tmp_path):
     path = some_run(tmp_path / "run")
-    report.write_report(path, draw_plan=drawn)
+    run_report.write_report(path, draw_plan=drawn)
     assert ("![plan](plan.png)" in (path / "report.md").read_text()) == shown == (path / "plan.png").exists()
 
 
@@ -457,7 +456,7 @@ def test_a_picture_that_fails_costs_itself_alone(tmp_path, capsys):
         raise ValueError("no such plan")
 
     path = some_run(tmp_path / "run")
-    report.write_report(path, draw_plan=fail)
+    run_report.write_report(path, draw_plan=fail)
     assert capsys.readouterr().err == "no plan.png in the report: no such plan\n"
     assert "![curves](curves.png)" in (path / "report.md").read_text()
 
@@ -467,7 +466,7 @@ def test_a_picture_that_fails_costs_itself_alone(tmp_path, capsys):
 def test_some_attempts_are_the_first_solved_and_failures_from_all_parts(solved, failed):
     wrong = [attempt(str(n), "-1") for n in range(failed)]
     right = [attempt("33") for _ in range(solved)]
-    some = report.some_of(wrong + right)
+    some = run_report.some_of(wrong + right)
     assert [a for a in some if a.correct] == right[:1]
     shown = [int(a.output) for a in some if not a.correct]
     assert len(shown) == min(2, failed) and shown == sorted(set(shown))

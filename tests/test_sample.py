@@ -12,14 +12,13 @@ import pytest
 import torch
 from conftest import DENSE, ROOT, SEPARATOR, VOCABULARY
 
-import checkpoint
-import confidence
-import explain
 import sample
 from configurator import run_script as run_main
 from dag_model import GPT, GPTConfig
-from dataloader import write_dataset
-from tokenizer import ByteTokenizer, CharTokenizer
+from data.loader import write_dataset
+from data.tokenizer import ByteTokenizer, CharTokenizer
+from inference import explain, token_stats
+from training import checkpoint
 
 LINES = ["1+1=2", "2+1=3", "3+1=4", "caf\u00e9: \u20ac5"]
 
@@ -287,7 +286,7 @@ def forced(call, monkeypatch, *arguments, **environment):
     return out
 
 
-@pytest.mark.parametrize("mode", confidence.MODES)
+@pytest.mark.parametrize("mode", token_stats.MODES)
 def test_every_token_has_the_color_of_its_confidence(call, planned, monkeypatch, mode):
     arguments = (
         f"--out_dir={planned}",
@@ -298,14 +297,14 @@ def test_every_token_has_the_color_of_its_confidence(call, planned, monkeypatch,
     )
     plain = forced(call, monkeypatch, *arguments)
     told, _, text = forced(call, monkeypatch, *arguments, FORCE_COLOR="1").partition("\n")
-    assert told.startswith(f"{mode}: ") and all(word in told for word in confidence.MODES[mode].legend)
+    assert told.startswith(f"{mode}: ") and all(word in told for word in token_stats.MODES[mode].legend)
     assert "\x1b" not in plain and ANSI.sub("", text) == plain
     colored = re.findall(r"\x1b\[38;2;(\d+);(\d+);(\d+)m([^\x1b]*)\x1b\[0m", text)
     model, tokenizer, _ = checkpoint.load_model(planned, "best")
-    choices = confidence.choices(model, tokenizer, tokenizer.encode(plain[:-1]), start=4)
+    choices = token_stats.choices(model, tokenizer, tokenizer.encode(plain[:-1]), start=4)
     colors = ["#{:02x}{:02x}{:02x}".format(*map(int, rgb)) for *rgb, _ in colored]
     assert [(token, color) for (*_, token), color in zip(colored, colors, strict=True)] == [
-        (choice.text, confidence.MODES[mode].color(choice)) for choice in choices
+        (choice.text, token_stats.MODES[mode].color(choice)) for choice in choices
     ]
     assert len(set(colors)) > 1
 
@@ -357,10 +356,10 @@ def test_colors_end_with_the_text(call, run, monkeypatch):
     ],
 )
 def test_colors_go_by_steps(mode, measured, places):
-    blank = confidence.Choice(0, "", 0.0, 1, 0.0, ())
+    blank = token_stats.Choice(0, "", 0.0, 1, 0.0, ())
     ((name, values),) = measured.items()
-    colors = [confidence.MODES[mode].color(replace(blank, **{name: value})) for value in values]
-    assert colors == [confidence.MODES[mode].colors[place] for place in places]
+    colors = [token_stats.MODES[mode].color(replace(blank, **{name: value})) for value in values]
+    assert colors == [token_stats.MODES[mode].colors[place] for place in places]
 
 
 def test_pictures_are_written_under_numbered_names(call, planned, tmp_path):

@@ -21,12 +21,12 @@ import torch
 import uvicorn
 from conftest import DENSE, ROOT
 
-import checkpoint
 import serve
 from configurator import run_script as run_main
 from dag_model import GPT, GPTConfig
-from explain import explain
-from tokenizer import ByteTokenizer, CharTokenizer
+from data.tokenizer import ByteTokenizer, CharTokenizer
+from inference.explain import explain
+from training import checkpoint
 
 BYTES = ByteTokenizer()
 ABOUT = {"run": "here", "step": 0, "dataset": "sums", "parameters": 0, "context": 64, "dag_steps": 2}

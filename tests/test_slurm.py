@@ -1,4 +1,4 @@
-"""slurm.py and runs/slurm_job.sh: what is submitted, and what becomes of it on a real SLURM (slurm_cluster.py)."""
+"""slurm.py and launch/slurm_job.sh: what is submitted, and what becomes of it on a real SLURM (slurm_cluster.py)."""
 
 import contextlib
 import json

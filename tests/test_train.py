@@ -13,10 +13,10 @@ import torch
 from conftest import DENSE
 from safetensors.torch import load_file
 
-import checkpoint
-import dataloader
 import train
-from dag_statistics import Watch, observe
+from data import loader as dataloader
+from evals.dag_metrics import Watch, observe
+from training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
@@ -116,7 +116,7 @@ def test_training_lowers_the_loss_and_ends_with_commands_that_work(run, run_scri
     losses = metrics("out/train-001", "val/loss")
     assert losses[100] < 0.8 * losses[0]
     commands = [line.split() for line in printed.splitlines() if line.startswith("  python ")]
-    assert [command[1] for command in commands] == ["sample.py", "evaluate.py", "train.py"]
+    assert [command[1] for command in commands] == ["sample.py", "eval.py", "train.py"]
     for _, script, *arguments in commands[:2]:
         done = run_script(script, *[argument.replace('"', "") for argument in arguments], cwd=Path.cwd())
         assert done.returncode == 0, done.stderr
@@ -140,17 +140,17 @@ def test_metrics_hold_losses_speed_and_what_the_dag_does(run):
 
 def test_problems_are_also_scored_by_their_kind(run, data_dir, monkeypatch):
     """As many of each; a model that can subtract, and only in sentences of one kind, say."""
-    solve = train.tasks.solve
+    solve = train.answers.solve
 
     def solve_some(model, tokenizer, problems):
         right = [len(problem.prompt) % 3 == 0 for problem in problems]
         return [replace(done, correct=flag) for done, flag in zip(solve(model, tokenizer, problems), right)]
 
-    monkeypatch.setattr(train.tasks, "solve", solve_some)
+    monkeypatch.setattr(train.answers, "solve", solve_some)
     run("--max_iters=1", "--eval_problems=22", "--out_dir=run")
-    splits = train.tasks.splits(data_dir / "arithmetic")
+    splits = train.answers.splits(data_dir / "arithmetic")
     for name, path in splits.items():
-        lengths = [len(problem.prompt) for problem in train.tasks.read_problems(path)[:2]]
+        lengths = [len(problem.prompt) for problem in train.answers.read_problems(path)[:2]]
         solved = metrics("run", f"val/solved/{name.removeprefix('val_')}")
         assert solved[1] == sum(length % 3 == 0 for length in lengths) / 2
     assert len(splits) == 11 and 0 < metrics("run", "val/solved")[1] < 1

@@ -4,7 +4,7 @@
 
     123+4567=4690
 
-Kinds of problems (see arithmetic.py for their files):
+Kinds of problems (see data/synthetic.py for their files):
 
     digits_1_6                 as in training
     digits_7_12, digits_13_20  longer: as in Neural Firmware Arithmetic's table
@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import arithmetic as ar  # noqa: E402
 from configurator import load, run_script, setting, to_dict  # noqa: E402
-from dataloader import summary  # noqa: E402
+from data import synthetic as ar  # noqa: E402
+from data.loader import summary  # noqa: E402
 
 ALPHABET = "\n+=0123456789"
 LONG = 100  # problems of 100 digits

@@ -5,7 +5,7 @@
 
     123+456=579
 
-Both numbers are uniform over 0 to 999, no line is there twice, and the problems (see arithmetic.py for their
+Both numbers are uniform over 0 to 999, no line is there twice, and the problems (see data/synthetic.py for their
 files) are sums of numbers that no line adds, in either order: 500 in val_sums, 1,000 in test_sums.
 
 The plain format of Lee et al. 2023, https://arxiv.org/abs/2307.03381
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import arithmetic as ar  # noqa: E402
 from configurator import load, run_script, setting, to_dict  # noqa: E402
-from dataloader import summary  # noqa: E402
+from data import synthetic as ar  # noqa: E402
+from data.loader import summary  # noqa: E402
 
 ALPHABET = "\n+=0123456789"
 PROBLEMS = {"val": 500, "test": 1000}

@@ -7,7 +7,7 @@
     2^10=1024                           2^0.5 to 6 digits = 1.41421        log(7) to 4 places = 1.9459
     the larger of 3 and 9 is 9          which is smaller, 3 or 9? 3        repeat 317: 317
 
-The kinds of problems (see arithmetic.py) are those of MIX.
+The kinds of problems (see data/synthetic.py) are those of MIX.
 
 - a line is a phrase for the operation, the format of the answer, and an ending. Where it names no format, the
   answer has all its digits, and they end within 6 places
@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import arithmetic as ar  # noqa: E402
 from configurator import load, run_script, setting, to_dict  # noqa: E402
-from dataloader import summary  # noqa: E402
+from data import synthetic as ar  # noqa: E402
+from data.loader import summary  # noqa: E402
 
 ALPHABET = "\n ()*+,-./0123456789:=?^abcdefghijklmnopqrstuvwxyz"
 MAX_LINE = 63  # characters, so that every line fits block_size=64 with its newline

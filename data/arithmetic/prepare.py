@@ -7,7 +7,7 @@
     subtract 12 from 30. 18      sam has 9 apples and buys 4 more. how many? 13
     room 12 is on floor 7        a decoy: numbers, but nothing to compute
 
-The kinds of problems (see arithmetic.py for their files) are
+The kinds of problems (see data/synthetic.py for their files) are
 
 - those of MIX: the corpus consists of them
 - those of `extrapolation`, which the corpus never shows: longer or more numbers, other words, and the other
@@ -22,9 +22,9 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import arithmetic as ar  # noqa: E402
 from configurator import load, run_script, setting, to_dict  # noqa: E402
-from dataloader import summary  # noqa: E402
+from data import synthetic as ar  # noqa: E402
+from data.loader import summary  # noqa: E402
 
 ALPHABET = "\n ()*+,-.0123456789:=?abcdefghijklmnopqrstuvwxyz"
 MAX_LINE = 63  # characters, so that every line fits block_size=64 with its newline

@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import load, run_script, setting  # noqa: E402
-from dataloader import read_meta, sha256_of, summary, write_dataset  # noqa: E402
-from tokenizer import build  # noqa: E402
+from data.loader import read_meta, sha256_of, summary, write_dataset  # noqa: E402
+from data.tokenizer import build  # noqa: E402
 
 DATA_DIR = Path(__file__).resolve().parents[1]
 PIECE_CHARS = 1 << 20  # a stream is encoded in pieces of about this length

@@ -8,7 +8,7 @@
     -7 (-7) 7 +7  12.5 12.50               a line keeps to its way with signs, with places and with blanks
 
 Answers have up to 8 significant digits, rounded half to even: 22/7=3.1428571. The kinds of problems (see
-arithmetic.py) are those of MIX.
+data/synthetic.py) are those of MIX.
 
 The task of OccamLLM's multistep arithmetic, https://arxiv.org/abs/2406.06576
 """
@@ -22,9 +22,9 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import arithmetic as ar  # noqa: E402
 from configurator import load, run_script, setting, to_dict  # noqa: E402
-from dataloader import summary  # noqa: E402
+from data import synthetic as ar  # noqa: E402
+from data.loader import summary  # noqa: E402
 
 ALPHABET = "\n ()*+,-./0123456789:=?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 LIMIT = 100  # of the numbers, on both sides of zero

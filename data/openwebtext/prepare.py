@@ -22,8 +22,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import load, run_script, setting  # noqa: E402
-from dataloader import DatasetWriter, summary  # noqa: E402
-from tokenizer import build  # noqa: E402
+from data.loader import DatasetWriter, summary  # noqa: E402
+from data.tokenizer import build  # noqa: E402
 
 DOCUMENTS_AT_ONCE = 1024  # encoded side by side
 

@@ -16,8 +16,8 @@ import requests
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import load, run_script, setting  # noqa: E402
-from dataloader import summary, write_dataset  # noqa: E402
-from tokenizer import build  # noqa: E402
+from data.loader import summary, write_dataset  # noqa: E402
+from data.tokenizer import build  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

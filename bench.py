@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from configurator import TrainConfig, load, pick, run_script, setting, to_dict
+from configurator import load, pick, run_script, setting, to_dict
 from dag_model import GPT, GPTConfig
 from data import loader as dataloader
 from data import tokenizer as tokenizers
@@ -42,6 +42,7 @@ from inference import engine
 from training import checkpoint
 from training import device as runtime
 from training.optim import make_optimizer
+from training.train_config import TrainConfig
 
 STEPS_PER_TURN = 5  # long enough to bring a model's weights back into the caches
 TOKENS_PER_TURN = 16

@@ -25,7 +25,7 @@ P positions in a cache.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from dag import dense, exact_arithmetic, positions
-from dag.dense import DenseDAG, DenseState, operation_names
+from dag.dense import DenseDAG, DenseState
 from dag.number_lexer import Lexer, Numerals
 from dag.plan_loss import PlanLoss, target_at
 from dag.plan_search import Plans
@@ -43,35 +43,11 @@ from dag.positions import NEAR, Row
 from dag.proposals import NOTHING, Offers, digit_weights, spell, spread
 from gpt.attention import Cache
 from gpt.block import Block
+from gpt.model_config import GPTConfig, operation_names
 
 SHUT = 0.1  # where a number is wanted less than this, nothing is planned once training is over
 STUCK = 0.01  # nor in training where it is wanted less than this and none follows: it is not about to change
 RARELY = 0.05  # half the odds of a search for plans where the gate is shut and the model's own plan fails
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    block_size: int = 128  # tokens of context
-    vocab_size: int = 65  # tokens in the vocabulary
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128  # width C
-    dropout: float = 0.0  # probability, 0 to 1
-    bias: bool = False  # biases in linear maps and LayerNorms, as GPT-2 has them
-    separator_id: int = -1  # attention and positions begin anew after this token; -1 for one endless text
-    dag_depth: int = 4  # steps D; 0 is the plain GPT
-    dag_inputs: str = "numbers"  # a key of DAGS; what the next three may be depends on it, see CHOICES
-    dag_values: str = "literal"
-    dag_plan: str = "searched"
-    dag_fold: str = "digits"
-    dag_ops: str = "all"  # keys of exact.OPERATIONS separated by commas, or "all"
-    dag_num_inputs: int = 8  # K, the newest numbers that a plan can see
-    dag_thousands: bool = False  # read 1,234 as one number
-    dag_digits: int = 36  # of numerators and denominators; a longer result is none
-    dag_leaves: int = 3  # numbers in the longest plans that are searched for the loss
-    dag_context: str = "linear"  # a key of dense_dag.CONTEXTS, as are the next two of the dense DAGs alone
-    dag_post_block: bool = False  # a transformer block between the executed result and the fold
-    dag_gate: bool = True  # a learned gate on the fold; without it the result is always added
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -340,16 +316,6 @@ class DifferentiableDAG(nn.Module):
 
 
 DAGS = {"numbers": DifferentiableDAG, "token": DenseDAG, "sequence": DenseDAG}
-CHOICES = {  # by dag_inputs
-    "numbers": dict(
-        dag_values=("literal", "learned"),
-        dag_plan=("searched", "sampled", *dense.PLANS),
-        dag_fold=("digits",),
-    ),
-    "token": dict(dag_values=dense.VALUES, dag_plan=dense.PLANS, dag_fold=dense.FOLDS),
-    "sequence": dict(dag_values=dense.VALUES, dag_plan=dense.PLANS, dag_fold=dense.FOLDS),
-}
-
 
 # ----------------------------------------------------------------------------------------------------
 # The language model
@@ -360,7 +326,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, vocabulary: list[bytes] | None = None):
         super().__init__()
-        check(config)
+        config.check()
         self.config = config
         self.transformer = nn.ModuleDict(
             dict(
@@ -525,22 +491,3 @@ class GPT(nn.Module):
             trunk[name] = tensor
         model.load_state_dict(trunk)
         return model
-
-
-def check(config: GPTConfig) -> None:
-    """Raises ValueError, with the legal values, for a config that no model can be built from."""
-    for field in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-        if getattr(config, field) < 1:
-            raise ValueError(f"{field} is {getattr(config, field)}; it must be at least 1")
-    if config.dag_depth < 0:
-        raise ValueError(f"dag_depth is {config.dag_depth}; it must be at least 0, the plain GPT")
-    if config.n_embd % config.n_head:
-        raise ValueError(f"n_embd {config.n_embd} must be a multiple of n_head {config.n_head}")
-    choices = {"dag_inputs": DAGS, "dag_context": dense.CONTEXTS, **CHOICES.get(config.dag_inputs, {})}
-    for field, legal in choices.items():
-        if getattr(config, field) not in legal:
-            where = "" if field in ("dag_inputs", "dag_context") else f" with dag_inputs={config.dag_inputs}"
-            raise ValueError(f"{field} is {getattr(config, field)!r}; choose from {', '.join(legal)}{where}")
-    names = operation_names(config.dag_ops)
-    if config.dag_depth > 0 and config.dag_inputs == "numbers" and "identity" not in names:
-        raise ValueError(f"dag_ops={config.dag_ops} lacks identity, with which a plan ends: add it")

@@ -35,7 +35,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from configurator import TrainConfig, load_with_files, run_script
+from configurator import load_with_files, run_script
+from training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent
 TEMPLATE = ROOT / "launch" / "slurm_job.sh"

@@ -30,7 +30,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import TrainConfig, load_with_files, pick, run_script, to_dict
+from configurator import load_with_files, pick, run_script, to_dict
 from dag_logger import DAGLogger
 from dag_model import GPT, GPTConfig
 from data import loader as dataloader
@@ -44,6 +44,7 @@ from plots.plan_figures import draw_dag
 from plots.run_report import attempt_line, some_of, write_report
 from training import checkpoint, optim
 from training import device as runtime
+from training.train_config import TrainConfig
 
 ROOT = Path(__file__).parent
 SAMPLE_TOKENS = 200  # of the text in report.md

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from gpt.attention import Cache, CausalSelfAttention
 from gpt.block import Block
+from gpt.model_config import operation_names
 
 # ----------------------------------------------------------------------------------------------------
 # Operations on the numeric stream
@@ -56,17 +57,6 @@ OPERATIONS = {
     "max": Operation(True, torch.maximum, lambda a, b, result: (a >= b, a < b)),
     "min": Operation(True, torch.minimum, lambda a, b, result: (a <= b, a > b)),
 }
-
-
-def operation_names(dag_ops: str) -> list[str]:
-    """The operations named by a config's `dag_ops`, in its order; raises ValueError for an unknown one."""
-    names = list(OPERATIONS) if dag_ops == "all" else [name.strip() for name in dag_ops.split(",")]
-    for name in names:
-        if name not in OPERATIONS:
-            raise ValueError(f"dag_ops names {name!r}; choose from {', '.join(OPERATIONS)}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"dag_ops={dag_ops} names an operation twice")
-    return names
 
 
 def apply_operations(names: list[str], a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,8 +9,9 @@ import os
 import subprocess
 from pathlib import Path
 
-from configurator import TrainConfig, parse
+from configurator import parse
 from launch.lambda_api import KEYS, redact
+from training.train_config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PRIVATE = (".pem", ".key", ".p12", ".netrc", "credentials.json")  # endings that are never uploaded

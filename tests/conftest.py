@@ -29,6 +29,20 @@ DENSE = {  # by dag_inputs
     inputs: dict(dag_inputs=inputs, dag_values="learned", dag_plan="straight_through", dag_fold="value")
     for inputs in ("token", "sequence")
 }
+IMPOSSIBLE = [  # flags of train.py, and what it says to them; the launchers say the same
+    (["--dag_ops=plus"], "dag_ops names 'plus'; choose from add, subtract"),
+    (["--dag_ops=add,multiply"], "lacks identity"),
+    (["--dag_inputs=token"], "dag_values is 'literal'; choose from learned with dag_inputs=token"),
+    (
+        ["--dag_inputs=token", "--dag_values=learned"],
+        "dag_plan is 'searched'; choose from soft, straight_through",
+    ),
+    (["--dag_fold=value"], "dag_fold is 'value'; choose from digits with dag_inputs=numbers"),
+    (["--dag_leaves=6"], "dag_leaves='6': expected int in [1, 6)"),
+    (["--n_embd=130"], "n_embd=130 is not a multiple of n_head=4"),
+    (["--device=mps"], "numbers are read in float64, which MPS does not have"),
+    (["--init_from=gpt2", "--block_size=2048"], "gpt2 has 1024 positions"),
+]
 
 
 def random_text(*shape: int, vocabulary=VOCABULARY) -> torch.Tensor:

@@ -12,12 +12,13 @@ from conftest import SEPARATOR
 
 import bench
 from bench import BenchConfig, RandomText
-from configurator import TrainConfig, to_dict
+from configurator import to_dict
 from dag_model import GPT, GPTConfig
 from data.loader import Loader, write_dataset
 from data.tokenizer import CharTokenizer
 from training import checkpoint
 from training.optim import make_optimizer
+from training.train_config import TrainConfig
 
 SHAPE = dict(block_size=16, n_layer=1, n_head=2, n_embd=16, dag_depth=2)
 TINY = dict(SHAPE, batch_size=2, steps=2, warmup=1)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from configurator import (
     ConfigError,
-    TrainConfig,
     help_text,
     load,
     load_with_files,
@@ -24,6 +23,7 @@ from configurator import (
     settings_of,
     to_dict,
 )
+from training.train_config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -317,7 +317,8 @@ def test_pick_takes_equally_named_fields_and_overrides():
 SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
-from configurator import TrainConfig, load, run_script
+from configurator import load, run_script
+from training.train_config import TrainConfig
 def main():
     load(TrainConfig)
     raise {error}
@@ -362,16 +363,16 @@ def test_mistakes_of_the_program_are_not_hidden(monkeypatch, capsys):
     assert end.value.code == 2 and "Traceback" in shown and shown.endswith("error: mend this\n")
 
 
-def test_defaults_and_choices_are_those_of_the_model():
+def test_every_choice_of_the_settings_has_its_code():
     import dag_model
     from dag import dense
+    from dag.exact_arithmetic import OPERATIONS
+    from gpt import model_config
 
     ours = settings_of(TrainConfig)
-    for field in dataclasses.fields(dag_model.GPTConfig):
-        assert field.name in ("vocab_size", "separator_id") or ours[field.name].default == field.default
-    assert set(ours["dag_inputs"].choices) == set(dag_model.CHOICES)
-    assert set(ours["dag_context"].choices) == set(dense.CONTEXTS)
-    for name in ("dag_values", "dag_plan", "dag_fold"):
-        assert set(ours[name].choices) == {
-            choice for legal in dag_model.CHOICES.values() for choice in legal[name]
-        }
+    assert set(ours["dag_inputs"].choices) == dag_model.DAGS.keys() == model_config.CHOICES_BY_INPUTS.keys()
+    assert set(ours["dag_context"].choices) == dense.CONTEXTS.keys()
+    assert set(model_config.RELAXATIONS) == dense.PLANS.keys()
+    assert set(model_config.DENSE_CHOICES["dag_values"]) == dense.VALUES.keys()
+    assert set(model_config.DENSE_CHOICES["dag_fold"]) == dense.FOLDS.keys()
+    assert list(model_config.OPERATIONS) == list(OPERATIONS) == list(dense.OPERATIONS)

@@ -26,7 +26,7 @@ import fake_instances
 import faults
 import pytest
 import ssh_server
-from conftest import ROOT
+from conftest import IMPOSSIBLE, ROOT
 from faults import (
     ALWAYS,
     Fault,
@@ -84,7 +84,10 @@ from scenario import (
     training,
 )
 
+from configurator import parse
+from launch import upload
 from launch.lambda_run import TAG
+from training.train_config import TrainConfig
 
 pytestmark = pytest.mark.skipif(bool(ssh_server.missing()), reason=str(ssh_server.missing()))
 slow = pytest.mark.slow
@@ -618,10 +621,28 @@ def test_types_and_doctor_spend_nothing(scene):
         assert {call.method for call in there.cloud.requests} == {"GET"}
 
 
+@pytest.mark.parametrize("flags, complaint", IMPOSSIBLE)
+def test_settings_that_train_refuses_are_refused_in_the_same_words(flags, complaint):
+    messages = []
+    for read in (partial(parse, TrainConfig), upload.training):
+        with pytest.raises(ValueError) as refusal:
+            read(["config/train_default.py", *flags])
+        messages.append(str(refusal.value))
+    assert messages[0] == messages[1] and complaint in messages[0]
+
+
+def test_the_doctor_refuses_them_too(scene):
+    with scene() as there:
+        code, text = there.run("doctor", "config/train_default.py", "--dag_fold=value")
+        assert code == 1 and "dag_fold is 'value'; choose from digits" in text
+        assert {call.method for call in there.cloud.requests} == {"GET"}
+
+
 def test_what_is_wrong_with_a_command_is_said_before_money_is_spent(scene):
     with scene() as there:
         for words, complaint in {
             ("--max_iter=3",): "unknown key 'max_iter', did you mean 'max_iters'",
+            ("--dag_ops=plus",): "dag_ops names 'plus'; choose from add, subtract",
             ("--max-hours=0",): "expected a number above 0",
             ("--instance=gpu_1x_h1000",): "no instance type 'gpu_1x_h1000'",
             ("--identity=/nowhere",): "/nowhere: no such file",
@@ -1098,7 +1119,7 @@ def test_no_secret_is_seen_anywhere(scene):
             watcher.join()
         secrets = [*there.cloud.hidden(), WANDB_KEY]
         assert any("lambda_service.py" in line for line in seen) and any(
-            "on_machine.sh" in line for line in seen
+            "remote_run.sh" in line for line in seen
         )
         assert not [line for line in seen if any(secret in line for secret in secrets)]
         places = [there.state, there.checkout, there.home, *there.cloud.homes]

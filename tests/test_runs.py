@@ -12,8 +12,8 @@ sys.path.insert(0, str(ROOT / "runs"))
 import evidence_table
 import train_labelled
 
-from dag.dense import operation_names
 from dag_model import GPTConfig
+from gpt.model_config import operation_names
 
 # ------------------------------------------------------------------------------------------------------------
 # the table

@@ -13,7 +13,7 @@ from pathlib import Path
 from secrets import token_hex
 
 import pytest
-from conftest import ROOT
+from conftest import IMPOSSIBLE, ROOT
 from safetensors.torch import load_file
 from slurm_cluster import PROGRAMS, SlurmCluster
 
@@ -97,6 +97,7 @@ CPU = ("--gpus=0", "--cpus=1")
         (["--nodes=2"], "make it a multiple of 2"),
         (["--nodes=2", "--gpus=4", "--gradient_accumulation_steps=4"], "make it a multiple of 8"),
         (["--device=cpu"], "--gpus=0 trains on the CPUs"),
+        *([flags, complaint] for flags, complaint in IMPOSSIBLE),
         (["--data_dir=elsewhere"], "prepare.py --out_dir="),
         (["--dataset=mine"], "--input=FILE --name=mine"),
         (["--init_from=resume"], "--out_dir=RUN"),

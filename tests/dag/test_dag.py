@@ -20,8 +20,9 @@ from dag import exact_arithmetic, plan_loss
 from dag.plan_loss import compared_enough, format_weights
 from dag.plan_search import Plans, run
 from dag.proposals import NOTHING
-from dag_model import CHOICES, GPT, SHUT, DAGPlanPredictor, GPTConfig
+from dag_model import GPT, SHUT, DAGPlanPredictor, GPTConfig
 from gpt.attention import Cache
+from gpt.model_config import CHOICES_BY_INPUTS
 from inference.engine import generate
 
 NAMES = list(exact_arithmetic.OPERATIONS)
@@ -386,7 +387,7 @@ def fresh(**fields) -> GPT:
     return GPT(GPTConfig(**sizes | simple | fields), VOCABULARY)
 
 
-LEARNERS = [name for name in CHOICES["numbers"]["dag_plan"] if name in ("searched", "sampled")]
+LEARNERS = [name for name in CHOICES_BY_INPUTS["numbers"]["dag_plan"] if name in ("searched", "sampled")]
 
 
 @pytest.mark.parametrize("plan", LEARNERS)

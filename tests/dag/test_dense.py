@@ -24,9 +24,9 @@ from dag.dense import (
     Plan,
     apply_operations,
     execute,
-    operation_names,
 )
 from dag_model import GPTConfig
+from gpt.model_config import operation_names
 
 NAMES = list(OPERATIONS)
 SYSTEMS = list(itertools.product(INPUTS, PLANS))

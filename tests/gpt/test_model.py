@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from conftest import DENSE, ROOT, SEPARATOR, VOCABULARY
 
-from configurator import TrainConfig, pick
 from configurator import parse as parse_config
+from configurator import pick
 from dag.dense import CONTEXTS
-from dag_model import CHOICES, GPT, GPTConfig
+from dag_model import GPT, GPTConfig
 from gpt.attention import Cache
+from gpt.model_config import CHOICES_BY_INPUTS as CHOICES
+from training.train_config import TrainConfig
 
 COMBINATIONS = []
 for inputs, legal in CHOICES.items():
@@ -198,7 +200,11 @@ def test_a_missing_transformers_package_is_explained(monkeypatch):
 
 def test_gpt2_has_124_million_parameters():
     with torch.device("meta"):
-        model = GPT(GPTConfig(1024, 50257, n_layer=12, n_head=12, n_embd=768, bias=True, dag_depth=0))
+        model = GPT(
+            GPTConfig(
+                block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768, bias=True, dag_depth=0
+            )
+        )
     assert model.num_parameters() == 124_439_808
     assert model.num_parameters(embeddings=False) == 124_439_808 - 1024 * 768
 
@@ -276,11 +282,13 @@ def test_an_unknown_choice_names_the_known_ones(field, inputs):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(n_embd=30, n_head=4), "n_embd 30 .* n_head 4"),
+        (dict(n_embd=30, n_head=4), "n_embd=30 .* n_head=4"),
         (dict(dag_ops="add,modulo"), "'modulo'; choose from add, .*min"),
         (dict(dag_ops=""), "choose from add"),
         (dict(dag_ops="add,multiply"), "lacks identity"),
         (dict(dag_inputs="token"), "dag_values is 'literal'; choose from learned with dag_inputs=token"),
+        (dict(dag_leaves=6), "dag_leaves is 6; it must be below 6"),
+        (dict(block_size=0), "block_size is 0; it must be at least 1"),
         (dict(dag_fold="value"), "dag_fold is 'value'; choose from digits with dag_inputs=numbers"),
     ],
 )

@@ -723,7 +723,12 @@ def test_what_is_wrong_with_the_machines_programs(tmp_path):
 @contextmanager
 def script(*arguments):
     """(process, the environment that it prints, a Caller)"""
-    command = [sys.executable, str(ROOT / "tests" / "launch" / "fake_lambda_api.py"), "--second=0.01", *arguments]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "launch" / "fake_lambda_api.py"),
+        "--second=0.01",
+        *arguments,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         lines = list(

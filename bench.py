@@ -37,7 +37,7 @@ from configurator import load, pick, run_script, setting, to_dict
 from dag_model import GPT, GPTConfig
 from data import loader as dataloader
 from data import tokenizer as tokenizers
-from gpt.attention import Cache
+from gpt.kv_cache import KVCache
 from inference import engine
 from training import checkpoint
 from training import device as runtime
@@ -228,7 +228,7 @@ def reading(model: GPT, rows: list[list[int]], cached: bool) -> Iterator[int]:
     """
     device = model.lm_head.weight.device
     for row in itertools.cycle(rows):
-        cache = Cache(1, model.config.block_size, device)
+        cache = KVCache(1, model.config.block_size, device)
         for t, token in enumerate(row):
             if cached:
                 logits = engine.advance(model, torch.tensor([token], device=device), cache)

@@ -41,8 +41,8 @@ from dag.plan_search import Plans
 from dag.planner import DAGPlanPredictor, LearnedNumbers, MixedPlanPredictor, Sight, as_choices, result_of
 from dag.positions import NEAR, Row
 from dag.proposals import NOTHING, Offers, digit_weights, spell, spread
-from gpt.attention import Cache
 from gpt.block import Block
+from gpt.kv_cache import KVCache
 from gpt.model_config import GPTConfig, operation_names
 
 SHUT = 0.1  # where a number is wanted less than this, nothing is planned once training is over
@@ -360,7 +360,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, mean=0.0, std=0.02)
 
     def hidden_states(
-        self, idx: torch.Tensor, cache: Cache | None = None, targets: torch.Tensor | None = None
+        self, idx: torch.Tensor, cache: KVCache | None = None, targets: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, DAGState | DenseState | None]:
         """Tokens (B, T) -> hidden states (B, T, C) as the head sees them, and the DAG's state (None without).
 
@@ -398,7 +398,7 @@ class GPT(nn.Module):
             cache.prompts = idx, hidden, state
         return hidden if self.silent else mixed, state
 
-    def _next_layout(self, idx: torch.Tensor, cache: Cache) -> positions.Layout:
+    def _next_layout(self, idx: torch.Tensor, cache: KVCache) -> positions.Layout:
         assert idx.size(1) == 1, f"{idx.size(1)} tokens a row for a cache in use: give one"
         if cache.rows is None:
             self._open_rows(cache)
@@ -406,7 +406,7 @@ class GPT(nn.Module):
             row.feed(token)
         return positions.next_layout(cache.rows, cache.bias[:, : cache.width])
 
-    def _open_rows(self, cache: Cache) -> None:
+    def _open_rows(self, cache: KVCache) -> None:
         """The state of decoding after the prompts."""
         idx, hidden, state = cache.prompts
         prompts = [tokens[:length] for tokens, length in zip(idx.tolist(), cache.lengths.tolist())]

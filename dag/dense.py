@@ -21,8 +21,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt.attention import Cache, CausalSelfAttention
+from gpt.attention import CausalSelfAttention
 from gpt.block import Block
+from gpt.kv_cache import KVCache
 from gpt.model_config import operation_names
 
 # ----------------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ class LinearContexts(nn.Module):
     def __init__(self, config):
         super().__init__()
 
-    def forward(self, hidden: torch.Tensor, cache: Cache | None, mask: torch.Tensor | None):
+    def forward(self, hidden: torch.Tensor, cache: KVCache | None, mask: torch.Tensor | None):
         return hidden, hidden, hidden
 
 
@@ -202,7 +203,7 @@ class AttentionContexts(nn.Module):
         self.operand_attention = CausalSelfAttention(config)
         self.operation_attention = CausalSelfAttention(config)
 
-    def forward(self, hidden: torch.Tensor, cache: Cache | None, mask: torch.Tensor | None):
+    def forward(self, hidden: torch.Tensor, cache: KVCache | None, mask: torch.Tensor | None):
         value_context = self.token_attention(self.snap_block(hidden, cache, mask), cache, mask)
         operand_context = self.operand_attention(hidden, cache, mask)
         return value_context, operand_context, self.operation_attention(hidden, cache, mask)
@@ -270,7 +271,7 @@ class SequenceInputs(nn.Module):
         key = self.key(hidden)  # (B, K, C/H)
         visible = torch.ones(T, T, dtype=torch.bool, device=hidden.device).tril()[None]
         if cache is not None:
-            key, values = cache.extend(self, "key", key), cache.extend(self, "values", values)
+            key, values = cache.update(self, "key", key), cache.update(self, "values", values)
             visible = cache.visible
         if mask is not None:
             visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
@@ -375,7 +376,7 @@ class ValueFold(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.dag_scale = nn.Parameter(torch.empty(()))
 
-    def forward(self, value: torch.Tensor, cache: Cache | None, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, value: torch.Tensor, cache: KVCache | None, mask: torch.Tensor | None) -> torch.Tensor:
         """(B, T) -> (B, T, C)"""
         with torch.autocast(value.device.type, enabled=False):  # bf16 would merge 1000 numbers into 143
             dag_hidden = self.project(torch.asinh(value)[..., None])
@@ -403,7 +404,7 @@ class DenseDAG(nn.Module):
         self.gate = nn.Linear(config.n_embd + 1, 1) if config.dag_gate else None
 
     def forward(
-        self, hidden: torch.Tensor, cache: Cache | None = None, mask: torch.Tensor | None = None
+        self, hidden: torch.Tensor, cache: KVCache | None = None, mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, DenseState]:
         """Hidden states (B, T, C) -> the same with the DAG's result mixed in, and what the DAG did."""
         value_context, operand_context, operation_context = self.contexts(hidden, cache, mask)

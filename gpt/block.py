@@ -4,7 +4,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt.attention import Cache, CausalSelfAttention
+from gpt.attention import CausalSelfAttention
+from gpt.kv_cache import KVCache
 
 
 class MLP(nn.Module):
@@ -28,7 +29,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: torch.Tensor, cache: Cache | None = None, mask: torch.Tensor | None = None
+        self, x: torch.Tensor, cache: KVCache | None = None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))

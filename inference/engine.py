@@ -20,7 +20,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from dag_model import GPT
-from gpt.attention import Cache
+from gpt.kv_cache import KVCache
 
 
 @torch.inference_mode()
@@ -65,7 +65,7 @@ def generate(
             for row in rows:
                 if len(contexts[row]) > block_size:
                     contexts[row] = contexts[row][-kept(block_size) :]
-            cache = Cache(len(rows), block_size, device) if cached else None
+            cache = KVCache(len(rows), block_size, device) if cached else None
             logits = read(model, [contexts[row] for row in rows], cache)
             draws = uniform[rows]
         tokens = choose(logits, draws[:, step, None], temperature, top_k, top_p)
@@ -123,7 +123,7 @@ def random_numbers(num_rows: int, num_tokens: int, seed: int | None) -> torch.Te
     return numbers
 
 
-def read(model: GPT, contexts: list[list[int]], cache: Cache | None) -> torch.Tensor:
+def read(model: GPT, contexts: list[list[int]], cache: KVCache | None) -> torch.Tensor:
     """Logits (B, vocab_size) of what follows each context; fills the cache."""
     device = model.lm_head.weight.device
     lengths = torch.tensor([len(context) for context in contexts], device=device)
@@ -134,7 +134,7 @@ def read(model: GPT, contexts: list[list[int]], cache: Cache | None) -> torch.Te
     return model.lm_head(hidden[torch.arange(len(contexts), device=device), lengths - 1])
 
 
-def advance(model: GPT, tokens: torch.Tensor, cache: Cache) -> torch.Tensor:
+def advance(model: GPT, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """Logits (B, vocab_size) of what follows `tokens` (B,), the newest of each row."""
     hidden, _ = model.hidden_states(tokens[:, None], cache)
     cache.commit()

@@ -21,7 +21,7 @@ from dag.plan_loss import compared_enough, format_weights
 from dag.plan_search import Plans, run
 from dag.proposals import NOTHING
 from dag_model import GPT, SHUT, DAGPlanPredictor, GPTConfig
-from gpt.attention import Cache
+from gpt.kv_cache import KVCache
 from gpt.model_config import CHOICES_BY_INPUTS
 from inference.engine import generate
 
@@ -202,7 +202,7 @@ def test_decoding_goes_on_from_any_point_of_a_text(speaker):
         idx[4 * n : 4 * n + 4, 9], lengths[4 * n : 4 * n + 4] = CHAR_IDS[char], 10
     expected, state = speaker(idx)[0], speaker.inspect(idx)
     prompts = torch.where(torch.arange(T) < lengths[:, None], idx, random_text(B, T))[:, : int(lengths.max())]
-    cache, rows = Cache(B, speaker.config.block_size), torch.arange(B)
+    cache, rows = KVCache(B, speaker.config.block_size), torch.arange(B)
     hidden, _ = speaker.hidden_states(prompts, cache)
     cache.commit(lengths)
     torch.testing.assert_close(

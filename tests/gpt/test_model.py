@@ -17,7 +17,7 @@ from configurator import parse as parse_config
 from configurator import pick
 from dag.dense import CONTEXTS
 from dag_model import GPT, GPTConfig
-from gpt.attention import Cache
+from gpt.kv_cache import KVCache
 from gpt.model_config import CHOICES_BY_INPUTS as CHOICES
 from training.train_config import TrainConfig
 
@@ -56,7 +56,7 @@ def tokens(*shape) -> torch.Tensor:
     return torch.where(torch.rand(shape) < 0.25, torch.randint(10, shape), torch.randint(29, shape))
 
 
-def cached_logits(model: GPT, idx: torch.Tensor, cache: Cache, lengths=None) -> torch.Tensor:
+def cached_logits(model: GPT, idx: torch.Tensor, cache: KVCache, lengths=None) -> torch.Tensor:
     hidden, _ = model.hidden_states(idx, cache)
     cache.commit(lengths)
     return model.lm_head(hidden)
@@ -81,7 +81,7 @@ def test_cached_logits_equal_the_full_forward(model):
     idx = tokens(3, 12)
     lengths = torch.tensor([5, 8, 1])  # the prompts, right-padded with tokens that must not matter
     prompts = torch.where(torch.arange(8) < lengths[:, None], idx[:, :8], tokens(3, 8))
-    cache = Cache(3, model.config.block_size)
+    cache = KVCache(3, model.config.block_size)
     ours = [[row[:n] for row, n in zip(cached_logits(model, prompts, cache, lengths), lengths)]]
     for _ in range(4):
         ours.append(cached_logits(model, idx[range(3), cache.lengths][:, None], cache))
@@ -261,7 +261,7 @@ def test_crop_block_size_keeps_what_shorter_contexts_see(tiny_gpt):
 
 
 def test_the_cache_refuses_tokens_beyond_the_context():
-    cache = Cache(batch_size=2, block_size=4)
+    cache = KVCache(batch_size=2, block_size=4)
     cache.begin(3)
     cache.commit(torch.tensor([3, 1]))
     assert cache.begin(1).tolist() == [[3], [1]]

@@ -95,8 +95,8 @@ def there(machine: Machine, server: Sshd) -> Path:
 def bring(machine: Machine, server: Sshd, training: str) -> Path:
     """Code with this train.py, and an environment, as upload and setup leave them; the machine's folder."""
     folder = there(machine, server)
-    (folder / "code/runs").mkdir(parents=True)
-    shutil.copy(ROOT / machines.ON_MACHINE, folder / "code/runs")
+    (folder / "code/launch").mkdir(parents=True)
+    shutil.copy(ROOT / machines.ON_MACHINE, folder / "code/launch")
     shutil.copy(ROOT / "requirements-dev.txt", folder / "code")
     (folder / "code/train.py").write_text(TRAINING + training)
     (folder / "venv/bin").mkdir(parents=True)

@@ -47,6 +47,7 @@ def setting(
     *,
     choices: tuple = (),
     minimum: float | None = None,
+    maximum: float | None = None,
     below: float | None = None,
     section: str | None = None,
 ) -> Any:
@@ -58,7 +59,9 @@ def setting(
     `section` heads this field and those after it in `--help`. A subclass that gives a field another default
     inherits whatever it does not restate.
     """
-    given = dict(meaning=meaning, choices=choices, minimum=minimum, below=below, section=section)
+    given = dict(
+        meaning=meaning, choices=choices, minimum=minimum, maximum=maximum, below=below, section=section
+    )
     metadata = {key: value for key, value in given.items() if value not in (None, ())}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -74,13 +77,17 @@ class Setting:
     meaning: str = ""
     choices: tuple = ()
     minimum: float | None = None
+    maximum: float | None = None
     below: float | None = None  # exclusive upper bound
     section: str = ""
 
     @property
     def type_name(self) -> str:
-        low, high = self.minimum, self.below
-        if low is not None and high is not None:
+        low = self.minimum
+        high = self.below
+        if low is not None and self.maximum is not None:
+            limits = f" in [{low:g}, {self.maximum:g}]"
+        elif low is not None and high is not None:
             limits = f" in [{low:g}, {high:g})"
         else:
             limits = f" >= {low:g}" if low is not None else f" < {high:g}" if high is not None else ""
@@ -152,7 +159,9 @@ def fit(item: Setting, value: Any) -> Any:
         value = {str(choice).lower(): choice for choice in item.choices}.get(str(value).lower())
         if value is None:
             raise ValueError
-    if item.minimum is not None and value < item.minimum or item.below is not None and value >= item.below:
+    if item.minimum is not None and value < item.minimum:
+        raise ValueError
+    if item.maximum is not None and value > item.maximum or item.below is not None and value >= item.below:
         raise ValueError
     return item.type(value)
 

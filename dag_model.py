@@ -39,16 +39,11 @@ from dag.number_lexer import Lexer, Numerals
 from dag.plan_loss import PlanLoss, target_at
 from dag.plan_search import Plans
 from dag.planner import DAGPlanPredictor, LearnedNumbers, MixedPlanPredictor, Sight, as_choices, result_of
-from dag.positions import NEAR, Row
+from dag.positions import DigitView, Row
 from dag.proposals import NOTHING, Offers, digit_weights, spell, spread
 from gpt.block import Block
 from gpt.kv_cache import KVCache
 from gpt.model_config import GPTConfig, operation_names
-
-SHUT = 0.1  # where a number is wanted less than this, nothing is planned once training is over
-STUCK = 0.01  # nor in training where it is wanted less than this and none follows: it is not about to change
-RARELY = 0.05  # half the odds of a search for plans where the gate is shut and the model's own plan fails
-
 
 # ----------------------------------------------------------------------------------------------------
 # The DAG
@@ -102,8 +97,13 @@ class DifferentiableDAG(nn.Module):
         self.operations = [exact_arithmetic.OPERATIONS[name] for name in self.names]
         self.digits, self.over = config.dag_digits, config.vocab_size
         self.separator_id = config.separator_id
+        self.min_gate_to_plan = config.dag_min_gate_to_plan
+        self.min_gate_to_train = config.dag_min_gate_to_train
+        self.min_search_probability = config.dag_min_search_probability
         self.lexer = Lexer(vocabulary, config.separator_id, config.dag_num_inputs, config.dag_thousands)
-        self.near_digit = nn.Embedding(NEAR + 1, config.n_embd)  # how far into a number a token is
+        self.near_digit = nn.Embedding(
+            config.dag_full_digits + 1, config.n_embd
+        )  # how far into a number a token is
         self.mixes = config.dag_plan in dense.PLANS
         self.planner = (MixedPlanPredictor if self.mixes else DAGPlanPredictor)(config, self.names)
         self.learned_numbers = LearnedNumbers(config) if config.dag_values == "learned" else None
@@ -125,10 +125,10 @@ class DifferentiableDAG(nn.Module):
         bars = positions.fraction_bars(self.lexer, idx, numerals)
         here, following = positions.may_compute(self.lexer, idx, numerals), None
         if not self.training:
-            here = here & (open_ > SHUT)
+            here = here & (open_ > self.min_gate_to_plan)
         elif targets is not None:
             following = positions.following(self.lexer, idx, targets, self.separator_id)
-            here = here & (following.opens | (open_ > STUCK))
+            here = here & (following.opens | (open_ > self.min_gate_to_train))
         at = row, position = here.nonzero(as_tuple=True)  # the host waits for the device
         sight = self.look(hidden, numerals, at)
         made = self.make(sight, lambda: self.read(numerals, idx, at))
@@ -143,7 +143,7 @@ class DifferentiableDAG(nn.Module):
         if following is not None and not self.mixes:
             n = following.opens[at].nonzero().squeeze(1)  # those of the N plans that stand before a number
             at = row[n], position[n]
-            odds = 2 * open_[at].clamp(min=RARELY)
+            odds = (2 * open_[at]).clamp(min=self.min_search_probability)
             plan_loss = self.plan_loss(self.planner, made.plans[n], sight[n], target_at(following, at), odds)
         at = (offers.symbol != NOTHING).nonzero(as_tuple=True)  # M positions; the host waits for the device
         plan, symbol, k = offers.plan[at], offers.symbol[at], offers.written[at]
@@ -242,7 +242,7 @@ class DifferentiableDAG(nn.Module):
         if candidates:
             wanted = self.wanted(hidden[:, 0]).float().squeeze(1)  # (B,)
             open_ = torch.sigmoid(wanted).tolist()  # the host waits for the device
-            opened = [r for r in candidates if open_[r] > SHUT]
+            opened = [r for r in candidates if open_[r] > self.min_gate_to_plan]
             if opened:
                 at = torch.tensor(opened, device=hidden.device)
                 known = hidden[:, 0].index_select(0, at), wanted.index_select(0, at)
@@ -339,6 +339,7 @@ class GPT(nn.Module):
         )
         self.dag = DAGS[config.dag_inputs](config, vocabulary) if config.dag_depth > 0 else None
         self.reads_numbers = isinstance(self.dag, DifferentiableDAG)
+        self.digit_view = DigitView(config.dag_full_digits, config.dag_digit_decay)
         self.silent = False  # set it, and the trunk goes on without what the DAG has to say
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
@@ -377,7 +378,7 @@ class GPT(nn.Module):
             layout = self._next_layout(idx, cache)
         else:
             numerals = self.dag.lexer(idx) if self.reads_numbers else None
-            layout = positions.layout(idx, self.config.separator_id, numerals)
+            layout = positions.layout(idx, self.config.separator_id, numerals, self.digit_view)
         x = self.transformer.wte(idx) + self.transformer.wpe(layout.positions)
         if self.reads_numbers:
             x = x + self.dag.near_digit(layout.depth)
@@ -411,7 +412,7 @@ class GPT(nn.Module):
         idx, hidden, state = cache.prompts
         prompts = [tokens[:length] for tokens, length in zip(idx.tolist(), cache.lengths.tolist())]
         lexer = self.dag.lexer if self.reads_numbers else None
-        cache.rows = [Row(self.config.separator_id, lexer) for _ in prompts]
+        cache.rows = [Row(self.config.separator_id, lexer, self.digit_view) for _ in prompts]
         cache.bias = positions.open_bias(cache.rows, prompts, cache.block_size, idx.device)
         if self.reads_numbers:
             self.dag.resume(cache.rows, hidden, state, self.lm_head.weight)

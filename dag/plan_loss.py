@@ -18,13 +18,10 @@ import torch.nn as nn
 
 from dag.exact_arithmetic import FORMATS
 from dag.number_lexer import Following
-from dag.plan_search import MAX_HITS, PlanBank, Plans, Target, logsumexp_by_group, run
+from dag.plan_search import PlanBank, Plans, Target, logsumexp_by_group, run
 from dag.planner import DAGPlanPredictor, Sight
 
-STRICT = 0.25  # odds that only the best of explanations that are always right together counts
-OTHERS = 0.9  # what the other formats count where the exact one is right as well
 EXACT = FORMATS.index("exact")
-DRAWS, EXPLORE = 64, 0.1  # plans drawn for a number that is not explained, and the odds of a choice at random
 
 
 def target_at(following: Following, at) -> Target:
@@ -40,9 +37,16 @@ class PlanLoss(nn.Module):
 
     def __init__(self, config, names: list[str]):
         super().__init__()
+        self.config = config
         self.names, self.hits, self.bank = names, Counter(), None
         if config.dag_plan == "searched":
-            self.bank = PlanBank(names, min(config.dag_leaves, config.dag_num_inputs), config.dag_depth)
+            self.bank = PlanBank(
+                names,
+                leaves=min(config.dag_leaves, config.dag_num_inputs),
+                depth=config.dag_depth,
+                max_run=config.dag_max_searched_plans,
+                max_found=config.dag_max_consistent_plans,
+            )
 
     def forward(
         self, planner: DAGPlanPredictor, plans: Plans, sight: Sight, target: Target, odds: torch.Tensor
@@ -66,7 +70,7 @@ class PlanLoss(nn.Module):
         right = target[n].formats(torch.cat([result[own], found_results]))  # (H, F)
         written = right.any(-1)
         n, hits, right = n[written], hits[written], right[written]
-        is_strict = torch.rand_like(odds) < STRICT
+        is_strict = torch.rand_like(odds) < self.config.dag_strict_probability
         counts = compared_enough(planner.comparisons(hits), n, is_strict)
         n, hits, right = n[counts], hits[counts], right[counts]
         numbers, group = n.unique(return_inverse=True)
@@ -79,7 +83,7 @@ class PlanLoss(nn.Module):
         sight = sight[numbers]
         context, keys = planner.read(sight.hidden, sight.readers)
         log_p, formats = planner.log_probability(context[group], keys[group], sight.inputs[group], hits)
-        log_p = log_p + (formats + format_weights(right)).logsumexp(-1)
+        log_p = log_p + (formats + format_weights(right, self.config.dag_other_format_weight)).logsumexp(-1)
         return -logsumexp_by_group(log_p, group, len(numbers)).mean()
 
     @torch.no_grad()
@@ -88,9 +92,16 @@ class PlanLoss(nn.Module):
     ) -> tuple[torch.Tensor, Plans, torch.Tensor]:
         """What PlanBank.search does, among plans that the planner draws."""
         values, known = sight.values, (*planner.read(sight.hidden, sight.readers), sight.inputs)
-        number = torch.arange(len(values), device=values.device).repeat_interleave(DRAWS)
-        plans = planner.canonical(planner(*(part[number] for part in known), explore=EXPLORE)[0])
-        right = target[number].matches(run(plans, values[number], self.names)).nonzero().squeeze(1)[:MAX_HITS]
+        number = torch.arange(len(values), device=values.device).repeat_interleave(self.config.dag_samples)
+        plans = planner.canonical(
+            planner(*(part[number] for part in known), explore=self.config.dag_exploration)[0]
+        )
+        right = (
+            target[number]
+            .matches(run(plans, values[number], self.names))
+            .nonzero()
+            .squeeze(1)[: self.config.dag_max_consistent_plans]
+        )
         hits = torch.cat([number[:, None], *tuple(plans)], dim=1)[right].unique(dim=0)
         number, plans = hits[:, 0], Plans(*hits[:, 1:].chunk(3, dim=1))
         return number, plans, run(plans, values[number], self.names)
@@ -107,13 +118,15 @@ def compared_enough(compared: torch.Tensor, n: torch.Tensor, is_strict: torch.Te
     return (compared < 0) | (compared == most[n]) | ~is_strict[n]
 
 
-def format_weights(right: torch.Tensor) -> torch.Tensor:
+def format_weights(right: torch.Tensor, other_weight: float) -> torch.Tensor:
     """Which formats (H, F) are right for hits -> what is added to their log-probabilities: -inf for those that are wrong,
     and a little less than 0 for the others where the exact one is right.
 
     Sums of six digits are the same to 8 digits, to 12 and exactly; those of twenty are not. So the exact one is learned
-    where it is right more than (1 + OTHERS) / 2 as often as another, and one that rounds where text asks for rounding.
+    where it is right more than (1 + other_weight) / 2 as often as another, and one that rounds where text asks for rounding.
     """
     other = torch.arange(len(FORMATS), device=right.device) != EXACT
     weights = torch.zeros(right.shape, device=right.device).masked_fill(~right, -torch.inf)
-    return weights.masked_fill(right & right[:, EXACT, None] & other, math.log(OTHERS))
+    return weights.masked_fill(
+        right & right[:, EXACT, None] & other, math.log(other_weight) if other_weight else -torch.inf
+    )

@@ -24,9 +24,6 @@ import torch.nn as nn
 
 from dag.exact_arithmetic import FORMATS
 
-MAX_RUN = 2**21  # plans run in one search
-MAX_HITS = 1024  # that it returns
-
 
 def partial(operate):
     """An operation that does not always have a result: NaN where it has none."""
@@ -173,9 +170,13 @@ class Prefix:
 class PlanBank(nn.Module):
     """All compact plans of up to `depth` steps over `leaves` numbers, `plans`, and how to run them together."""
 
-    def __init__(self, names: list[str], leaves: int, depth: int):
+    def __init__(
+        self, names: list[str], leaves: int, depth: int, max_run: int = 2**21, max_found: int = 1024
+    ):
         super().__init__()
         self.leaves = leaves
+        self.max_run = max_run  # plans in one search
+        self.max_found = max_found  # plans that it returns
         searched = [name for name in names if name != "identity"]
         levels = [[Prefix((), tuple(range(leaves)))]]
         for _ in range(min(depth, leaves - 1 + ("log" in names))):
@@ -231,17 +232,17 @@ class PlanBank(nn.Module):
 
     def search(self, values: torch.Tensor, target: Target) -> tuple[torch.Tensor, Plans, torch.Tensor]:
         """Plans over a random few of the numbers at hand (R, K), NaN where there is none, that explain the target (R,)
-        -> of H hits, in slots of the DAG: the row (H,), the plan, its result (H,). Rows beyond what MAX_RUN allows are
-        not searched.
+        -> of H hits, in slots of the DAG: the row (H,), the plan, its result (H,). Rows beyond what `max_run` plans in
+        all allow are not searched, and `max_found` hits at most are returned.
         """
         K, L = values.size(1), self.leaves
-        values = values[: MAX_RUN // len(self.result)]
+        values = values[: self.max_run // len(self.result)]
         order = torch.rand_like(values).masked_fill(values.isnan(), 2.0)
         leaf = order.topk(L, largest=False).indices.sort(1).values  # (R, L) slots
         results = self(values.gather(1, leaf))  # (R, P)
         rows = torch.arange(len(values), device=values.device)
         row, plan = target[rows[:, None]].matches(results).nonzero(as_tuple=True)
-        kept = torch.randperm(len(row), device=row.device)[:MAX_HITS]
+        kept = torch.randperm(len(row), device=row.device)[: self.max_found]
         row, plan = row[kept], plan[kept]
         operation, operand1, operand2 = self.plans[plan]
 

@@ -4,7 +4,7 @@ Attention and positions begin anew after a separator: the lines of a row do not 
 of the text at hand (dag/number_lexer.py), the trunk reads long ones like short ones, and never meets an unseen length:
 
     1 2 3 4 5 + 7 =       tokens
-    0 1 1 1 1 2 3 4       positions: digits beyond NEAR do not count,
+    0 1 1 1 1 2 3 4       positions: digits beyond `full_digits` do not count,
     0 0 0 1 2 0 0 0       and each after the first of these halves the weight that attention gives it
 
 Points are not faded: that of "12345. " ends a sentence, and looks like any other as long as nothing follows.
@@ -21,17 +21,29 @@ import torch.nn.functional as F
 
 from dag.number_lexer import Following, Lexer, Numerals, Reader
 
-NEAR = 2  # digits, or a sign and a digit, that the trunk sees in full
-FADE = math.log(2.0)  # what each digit beyond takes from the logits of attention
+
+class DigitView(NamedTuple):
+    """How the trunk sees the digits of a long number."""
+
+    full_digits: int  # so many, a sign among them, are seen in full
+    decay: float  # each digit beyond has this share of the attention weight of the one before
+
+    def attention_bias(self, depth: torch.Tensor) -> torch.Tensor:
+        """Return what is added to the attention logits of tokens so deep in a number, float32."""
+        return (self.full_digits + 1 - depth).clamp(max=0) * -math.log(self.decay)
 
 
 class Layout(NamedTuple):
     positions: torch.Tensor  # (B, T) or (T,) int64, from 0 in every document
     mask: torch.Tensor | None  # (B, 1, T, P) to add to attention's logits, or bool; None is causal
-    depth: torch.Tensor | None = None  # (B, T) int64 in 0..NEAR, how deep in a number; None without numbers
+    depth: torch.Tensor | None = (
+        None  # (B, T) int64 in 0..full_digits, how deep in a number; None without numbers
+    )
 
 
-def layout(idx: torch.Tensor, separator_id: int, numerals: Numerals | None) -> Layout:
+def layout(
+    idx: torch.Tensor, separator_id: int, numerals: Numerals | None, view: DigitView | None = None
+) -> Layout:
     """The layout of rows of tokens (B, T) that begin with a document; separator_id -1 for one endless document."""
     position = torch.arange(idx.size(1), device=idx.device)
     if separator_id < 0 and numerals is None:
@@ -43,15 +55,10 @@ def layout(idx: torch.Tensor, separator_id: int, numerals: Numerals | None) -> L
     start = position.where(begins, 0).cummax(1).values
     if numerals is None:
         return Layout(position - start, mask)
-    depth = numerals.offset.where(numerals.digit, numerals.offset.clamp(max=NEAR))
-    counted = (depth <= NEAR).cumsum(1)
-    mask = fade_of(depth)[:, None, None].masked_fill(~mask, -torch.inf)
-    return Layout(counted - counted.gather(1, start), mask, depth.clamp(max=NEAR))
-
-
-def fade_of(depth: torch.Tensor) -> torch.Tensor:
-    """What attention adds to the logits of tokens so deep in a number, float32."""
-    return (NEAR + 1 - depth).clamp(max=0) * FADE
+    depth = numerals.offset.where(numerals.digit, numerals.offset.clamp(max=view.full_digits))
+    counted = (depth <= view.full_digits).cumsum(1)
+    mask = view.attention_bias(depth)[:, None, None].masked_fill(~mask, -torch.inf)
+    return Layout(counted - counted.gather(1, start), mask, depth.clamp(max=view.full_digits))
 
 
 def fraction_bars(lexer: Lexer, idx: torch.Tensor, numerals: Numerals) -> torch.Tensor:
@@ -75,8 +82,9 @@ def following(lexer: Lexer, idx, targets, separator_id: int) -> Following:
 class Row:
     """A row while it is decoded: where its newest token stands, its numbers, and what the DAG offers there."""
 
-    def __init__(self, separator_id: int, lexer: Lexer | None):
+    def __init__(self, separator_id: int, lexer: Lexer | None, view: DigitView):
         self.separator_id = separator_id
+        self.view = view
         self.reader = None if lexer is None else Reader(lexer)
         self.slash_id = -1 if lexer is None else lexer.char_ids.get("/", -1)
         self.column, self.start, self.position = -1, 0, -1  # in the row; of the document; in the document
@@ -97,7 +105,7 @@ class Row:
             self.reader.feed(token)
             if self.reader.completed:
                 self.seen.appendleft(self.column)
-        self.position += self.depth <= NEAR
+        self.position += self.depth <= self.view.full_digits
         goes_on = self.offer and self.offer[0][0] == token and (self.offset > 0 or self.at_bar)
         self.offer = self.offer[1:] if goes_on else []
 
@@ -108,7 +116,9 @@ class Row:
     @property
     def depth(self) -> int:
         """How deep in a number the trunk takes the newest token to be."""
-        return self.offset if self.offset == 0 or self.reader.digit else min(self.offset, NEAR)
+        return (
+            self.offset if self.offset == 0 or self.reader.digit else min(self.offset, self.view.full_digits)
+        )
 
     @property
     def may_compute(self) -> bool:
@@ -126,7 +136,9 @@ def open_bias(rows: list[Row], prompts: list[list[int]], block_size: int, device
         for token in tokens:
             row.feed(token)
             depths.append(row.depth)
-        of_row[row.start : len(tokens)] = fade_of(torch.tensor(depths[row.start :], device=device))
+        of_row[row.start : len(tokens)] = row.view.attention_bias(
+            torch.tensor(depths[row.start :], device=device)
+        )
     return bias
 
 
@@ -137,5 +149,6 @@ def next_layout(rows: list[Row], bias: torch.Tensor) -> Layout:
             bias[r] = -torch.inf
     facts = torch.tensor([[row.position, row.column, row.depth] for row in rows], device=bias.device)
     positions, column, depth = facts.T[..., None]  # (B, 1) each
-    bias.scatter_(1, column, fade_of(depth))
-    return Layout(positions, bias[:, None, None], depth.clamp(max=NEAR))
+    view = rows[0].view
+    bias.scatter_(1, column, view.attention_bias(depth))
+    return Layout(positions, bias[:, None, None], depth.clamp(max=view.full_digits))

@@ -23,7 +23,7 @@ CHOICES_BY_INPUTS = {  # what three other settings may be depends on dag_inputs
 
 
 def _setting(default: Any, meaning: str, **limits: Any) -> Any:
-    """Declare a field with its meaning and its limits: `choices`, `minimum`, `below` (exclusive), `section`."""
+    """Declare a field with its meaning and its limits: `choices`, `minimum`, `maximum`, `below` (exclusive), `section`."""
     return field(default=default, metadata=dict(meaning=meaning, **limits))
 
 
@@ -79,6 +79,37 @@ class ModelSettings:
         minimum=1,
         below=6,
     )
+    dag_samples: int = _setting(64, "plans drawn for a number that has none yet, if sampled", minimum=1)
+    dag_exploration: float = _setting(
+        0.1, "share of choices at random while plans are drawn", minimum=0, below=1
+    )
+    dag_max_searched_plans: int = _setting(2**21, "plans that are run in one search", minimum=1)
+    dag_max_consistent_plans: int = _setting(1024, "plans that a search returns", minimum=1)
+    dag_min_search_probability: float = _setting(
+        0.1, "of a search where the gate is shut and the own plan fails", minimum=0, maximum=1
+    )
+    dag_strict_probability: float = _setting(
+        0.25,
+        "odds that of plans which copy or compare alone only those that compare most count",
+        minimum=0,
+        maximum=1,
+    )
+    dag_other_format_weight: float = _setting(
+        0.9, "weight of the other formats where the exact one is right as well", minimum=0, maximum=1
+    )
+    dag_min_gate_to_plan: float = _setting(
+        0.1, "gate below which nothing is planned, once training is over", minimum=0, maximum=1
+    )
+    dag_min_gate_to_train: float = _setting(
+        0.01, "gate below which training plans nothing where no number follows", minimum=0, maximum=1
+    )
+    dag_full_digits: int = _setting(2, "digits of a number that the trunk sees in full", minimum=1)
+    dag_digit_decay: float = _setting(
+        0.5,
+        "attention weight of each digit beyond these, in weights of the one before",
+        minimum=1e-6,
+        maximum=1,
+    )
     dag_context: str = _setting(
         "linear", "what values and plans are read from", choices=("linear", "attention")
     )
@@ -102,10 +133,12 @@ class ModelSettings:
         if self.dag_depth > 0 and self.dag_inputs == "numbers" and "identity" not in names:
             raise ValueError(f"dag_ops={self.dag_ops} lacks identity, with which a plan ends: add it")
 
-    def _check_limits(self, name, *, minimum=None, below=None, choices=(), **_) -> None:
+    def _check_limits(self, name, *, minimum=None, maximum=None, below=None, choices=(), **_) -> None:
         value = getattr(self, name)
         if minimum is not None and value < minimum:
             raise ValueError(f"{name} is {value}; it must be at least {minimum}")
+        if maximum is not None and value > maximum:
+            raise ValueError(f"{name} is {value}; it must be at most {maximum}")
         if below is not None and value >= below:
             raise ValueError(f"{name} is {value}; it must be below {below}")
         if choices and value not in choices:

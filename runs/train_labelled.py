@@ -120,7 +120,9 @@ class LabelledLoss(PlanLoss):
         right = target.formats(run(labels, sight.values, self.names))
         context, keys = planner.read(sight.hidden, sight.readers)
         log_p, formats = planner.log_probability(context, keys, sight.inputs, labels)
-        return -(log_p + (formats + format_weights(right)).logsumexp(-1)).mean()
+        return -(
+            log_p + (formats + format_weights(right, self.config.dag_other_format_weight)).logsumexp(-1)
+        ).mean()
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ IMPOSSIBLE = [  # flags of train.py, and what it says to them; the launchers say
     ),
     (["--dag_fold=value"], "dag_fold is 'value'; choose from digits with dag_inputs=numbers"),
     (["--dag_leaves=6"], "dag_leaves='6': expected int in [1, 6)"),
+    (["--dag_strict_probability=1.1"], "dag_strict_probability='1.1': expected a finite float in [0, 1]"),
     (["--n_embd=130"], "n_embd=130 is not a multiple of n_head=4"),
     (["--device=mps"], "numbers are read in float64, which MPS does not have"),
     (["--init_from=gpt2", "--block_size=2048"], "gpt2 has 1024 positions"),

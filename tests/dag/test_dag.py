@@ -20,7 +20,7 @@ from dag import exact_arithmetic, plan_loss
 from dag.plan_loss import compared_enough, format_weights
 from dag.plan_search import Plans, run
 from dag.proposals import NOTHING
-from dag_model import GPT, SHUT, DAGPlanPredictor, GPTConfig
+from dag_model import GPT, DAGPlanPredictor, GPTConfig
 from gpt.kv_cache import KVCache
 from gpt.model_config import CHOICES_BY_INPUTS
 from inference.engine import generate
@@ -250,7 +250,7 @@ def test_training_offers_what_evaluation_does_wherever_the_gate_is_open(speaker)
     idx = random_text(24, 30)
     speaker.silent = True
     wishes = F.linear(speaker.hidden_states(idx)[0], speaker.dag.wanted.weight)
-    speaker.dag.wanted.bias.copy_(torch.tensor(SHUT).logit() - wishes.median())
+    speaker.dag.wanted.bias.copy_(torch.tensor(speaker.config.dag_min_gate_to_plan).logit() - wishes.median())
     state = speaker.inspect(idx)
     _, in_training = speaker.train().hidden_states(idx, targets=random_text(24, 30))
     offered = state.offers.symbol != NOTHING
@@ -265,7 +265,8 @@ def test_training_offers_what_evaluation_does_wherever_the_gate_is_open(speaker)
 def test_a_shut_gate_plans_nothing(speaker):
     idx = random_text(4, 30)
     speaker.dag.wanted.weight.zero_()
-    for openness, plans in ((SHUT + 0.01, True), (SHUT - 0.01, False)):
+    least = speaker.config.dag_min_gate_to_plan
+    for openness, plans in ((least + 0.01, True), (least - 0.01, False)):
         speaker.dag.wanted.bias.fill_(torch.tensor(openness).logit())
         state = speaker.inspect(idx)
         assert (len(state.row) > 0) == plans
@@ -414,9 +415,9 @@ def test_sums_are_learned_from_text_alone(plan):
 
 
 def test_the_loss_is_minus_the_log_probability_of_all_that_explains_the_text(monkeypatch):
-    monkeypatch.setattr(plan_loss, "STRICT", 0.0)
-    monkeypatch.setattr(plan_loss, "OTHERS", 1.0)
-    model, idx = fresh(dag_ops="add,multiply,identity", dag_num_inputs=2), torch.tensor([tokens("2 2=4 ")])
+    all_count = dict(dag_strict_probability=0.0, dag_other_format_weight=1.0)
+    model = fresh(dag_ops="add,multiply,identity", dag_num_inputs=2, **all_count)
+    idx = torch.tensor([tokens("2 2=4 ")])
     forced(
         monkeypatch, model, [("identity", 0, 0)], "exact"
     )  # right for the second number, wrong for the third
@@ -486,7 +487,7 @@ def test_formats_that_round_win_only_where_numbers_have_to_be_rounded(fitting, l
     scores.requires_grad_()
     optimizer = torch.optim.Adam([scores], lr=0.1)
     for _ in range(300):
-        loss = -share @ (scores.log_softmax(0) + format_weights(right)).logsumexp(1)
+        loss = -share @ (scores.log_softmax(0) + format_weights(right, 0.9)).logsumexp(1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -7,10 +7,11 @@ import torch
 from conftest import GLUED, SEPARATOR, VOCABULARY, random_text
 
 from dag.number_lexer import Lexer
-from dag.positions import NEAR, Row, fraction_bars, layout, may_compute, next_layout, open_bias
+from dag.positions import DigitView, Row, fraction_bars, layout, may_compute, next_layout, open_bias
 
 VOCABULARIES = {"char": VOCABULARY, "glued": GLUED}
 K, OVER = 4, len(VOCABULARY)
+VIEW = DigitView(full_digits=2, decay=0.5)
 
 
 def tokens(text: str) -> torch.Tensor:
@@ -19,7 +20,7 @@ def tokens(text: str) -> torch.Tensor:
 
 def layout_of(text: str):
     lexer = Lexer(VOCABULARY, SEPARATOR, K)
-    return layout(tokens(text), SEPARATOR, lexer(tokens(text)))
+    return layout(tokens(text), SEPARATOR, lexer(tokens(text)), VIEW)
 
 
 def test_long_numbers_take_no_more_room_than_short_ones():
@@ -41,7 +42,10 @@ def test_a_full_stop_stands_out_however_long_the_number_before_it():
 
 
 def test_positions_behind_a_number_do_not_depend_on_its_length():
-    behind = {layout_of("=" + "7" * length + "+2=").positions[0, -1].item() for length in range(NEAR, 30)}
+    behind = {
+        layout_of("=" + "7" * length + "+2=").positions[0, -1].item()
+        for length in range(VIEW.full_digits, 30)
+    }
     assert len(behind) == 1
 
 
@@ -58,7 +62,7 @@ def test_rows_read_token_by_token_have_the_layout_of_the_whole(vocabulary, separ
     idx = random_text(B, T, vocabulary=vocabulary)
     lexer = Lexer(vocabulary, separator_id, K) if with_numbers else None
     numerals = lexer(idx) if with_numbers else None
-    whole = layout(idx, separator_id, numerals)
+    whole = layout(idx, separator_id, numerals, VIEW)
     positions = whole.positions.expand(B, T)
     mask = (
         torch.ones(T, T, dtype=torch.bool).tril().expand(B, T, T) if whole.mask is None else whole.mask[:, 0]
@@ -66,7 +70,7 @@ def test_rows_read_token_by_token_have_the_layout_of_the_whole(vocabulary, separ
     if mask.dtype == torch.bool:
         mask = torch.zeros(B, T, T).masked_fill(~mask, -torch.inf)
     lengths = 1 + torch.arange(B) % (T - 10)
-    rows = [Row(separator_id, lexer) for _ in range(B)]
+    rows = [Row(separator_id, lexer, VIEW) for _ in range(B)]
     prompts = [row[:length] for row, length in zip(idx.tolist(), lengths.tolist())]
     bias, b = open_bias(rows, prompts, T, "cpu"), torch.arange(B)
     for step in range(10):
@@ -87,7 +91,7 @@ def test_a_row_knows_what_the_lexer_knows(vocabulary):
     numerals = lexer(idx)
     bars, computes = fraction_bars(lexer, idx, numerals), may_compute(lexer, idx, numerals)
     for b in range(B):
-        row = Row(SEPARATOR, lexer)
+        row = Row(SEPARATOR, lexer, VIEW)
         for t, token in enumerate(idx[b].tolist()):
             row.feed(token)
             assert (row.at_bar, row.may_compute) == (bars[b, t], computes[b, t])
@@ -98,7 +102,7 @@ def test_nothing_is_seen_across_a_separator_nor_ahead():
     idx = random_text(20, 30)
     numerals = Lexer(VOCABULARY, SEPARATOR, K)(idx)
     for facts in (None, numerals):
-        result = layout(idx, SEPARATOR, facts)
+        result = layout(idx, SEPARATOR, facts, VIEW)
         sees = result.mask[:, 0] if facts is None else result.mask[:, 0] > -torch.inf
         for row, seen, positions in zip(idx.tolist(), sees, result.positions):
             for t in range(30):
@@ -114,7 +118,7 @@ def test_one_endless_document_without_numbers_needs_no_mask():
 
 
 def test_plans_are_made_where_a_number_may_open_but_not_behind_a_bar():
-    text, row, computes = "12+3/4=7/ 8 /", Row(SEPARATOR, Lexer(VOCABULARY, SEPARATOR, K)), ""
+    text, row, computes = "12+3/4=7/ 8 /", Row(SEPARATOR, Lexer(VOCABULARY, SEPARATOR, K), VIEW), ""
     for char, token in zip(text, tokens(text)[0].tolist()):
         row.feed(token)
         computes += char if row.may_compute else "_"
@@ -136,7 +140,7 @@ def test_plans_are_made_where_a_number_may_open_but_not_behind_a_bar():
     ],
 )
 def test_an_offer_lasts_while_the_text_follows_it(offer, text, left):
-    row = Row(SEPARATOR, Lexer(VOCABULARY, SEPARATOR, K))
+    row = Row(SEPARATOR, Lexer(VOCABULARY, SEPARATOR, K), VIEW)
     for token in tokens("9=")[0].tolist():
         row.feed(token)
     row.offer = [(symbol, None) for symbol in [*tokens(offer)[0].tolist(), OVER]]
@@ -147,7 +151,7 @@ def test_an_offer_lasts_while_the_text_follows_it(offer, text, left):
 
 
 def test_an_offer_ends_where_the_text_means_something_else():
-    row = Row(SEPARATOR, Lexer(VOCABULARY, SEPARATOR, K))
+    row = Row(SEPARATOR, Lexer(VOCABULARY, SEPARATOR, K), VIEW)
     for token in tokens("(9)")[0].tolist():
         row.feed(token)
     row.offer = [(symbol, None) for symbol in [*tokens("-34")[0].tolist(), OVER]]

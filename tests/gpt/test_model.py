@@ -288,6 +288,7 @@ def test_an_unknown_choice_names_the_known_ones(field, inputs):
         (dict(dag_ops="add,multiply"), "lacks identity"),
         (dict(dag_inputs="token"), "dag_values is 'literal'; choose from learned with dag_inputs=token"),
         (dict(dag_leaves=6), "dag_leaves is 6; it must be below 6"),
+        (dict(dag_digit_decay=1.5), "dag_digit_decay is 1.5; it must be at most 1"),
         (dict(block_size=0), "block_size is 0; it must be at least 1"),
         (dict(dag_fold="value"), "dag_fold is 'value'; choose from digits with dag_inputs=numbers"),
     ],
